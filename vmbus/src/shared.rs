@@ -1,0 +1,280 @@
+//! Memory that the host reads and writes at the same time as the guest: the only `unsafe` in
+//! the stack outside the C table.
+//!
+//! Nothing hands out a Rust reference to shared bytes, because the host may change them at any moment:
+//! bytes are copied in and out by volatile or relaxed atomic accesses, and 32-bit fields are
+//! accessed as atomics. Every access is checked against the length; one that does not fit is
+//! refused, not truncated.
+
+#![allow(unsafe_code)]
+
+use alloc::sync::Arc;
+use core::fmt;
+use core::ptr::NonNull;
+use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use crate::ids::{PAGE_SIZE, PageNumber};
+
+/// A run of pages shared with the host: contiguous in guest physical memory and in virtual memory.
+///
+/// Cloning makes a second handle to the same pages. They are given back when the last
+/// handle goes.
+#[derive(Clone)]
+pub struct SharedPages(Arc<Run>);
+
+struct Run {
+    start: NonNull<u8>,
+    first: PageNumber,
+    count: usize,
+    /// Gives the pages back to whoever they came from.
+    release: fn(start: NonNull<u8>, first: PageNumber, count: usize),
+}
+
+// SAFETY: a run is plain memory that no reference points to; all accesses go through
+// atomics, so any thread may make them.
+unsafe impl Send for Run {}
+// SAFETY: as above.
+unsafe impl Sync for Run {}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        (self.release)(self.start, self.first, self.count);
+    }
+}
+
+/// An access beyond the end of shared memory, or not aligned to its size.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OutOfBounds;
+
+impl fmt::Display for OutOfBounds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("access outside shared memory")
+    }
+}
+
+impl core::error::Error for OutOfBounds {}
+
+impl SharedPages {
+    /// Wraps `count` pages at `start`, whose guest physical pages begin at `first`.
+    ///
+    /// # Safety
+    ///
+    /// The pages are mapped readable and writable, `start` is page-aligned, no reference to them exists or comes to
+    /// exist, and they stay so until `release` is called with the same values.
+    pub unsafe fn from_raw(
+        start: NonNull<u8>,
+        first: PageNumber,
+        count: usize,
+        release: fn(NonNull<u8>, PageNumber, usize),
+    ) -> Self {
+        Self(Arc::new(Run {
+            start,
+            first,
+            count,
+            release,
+        }))
+    }
+
+    /// Pages from the heap that only pretend to lie at `first`: for tests, where guest and host
+    /// share one process. `None` when the heap has no room.
+    pub fn from_heap(first: PageNumber, count: usize) -> Option<Self> {
+        let layout = heap_layout(count)?;
+        // SAFETY: the layout's size is not zero.
+        let start = NonNull::new(unsafe { alloc::alloc::alloc_zeroed(layout) })?;
+        let release = |start: NonNull<u8>, _: PageNumber, count: usize| {
+            if let Some(layout) = heap_layout(count) {
+                // SAFETY: allocated below with the same layout.
+                unsafe { alloc::alloc::dealloc(start.as_ptr(), layout) };
+            }
+        };
+        // SAFETY: freshly allocated with page alignment; only `release` frees it.
+        Some(unsafe { Self::from_raw(start, first, count, release) })
+    }
+
+    /// The number of pages.
+    pub fn page_count(&self) -> usize {
+        self.0.count
+    }
+
+    /// The length in bytes.
+    pub fn len(&self) -> usize {
+        self.0.count * PAGE_SIZE
+    }
+
+    /// Whether there are no pages at all.
+    pub fn is_empty(&self) -> bool {
+        self.0.count == 0
+    }
+
+    /// The first page's number in guest physical memory; the others follow it.
+    pub fn first_page(&self) -> PageNumber {
+        self.0.first
+    }
+
+    /// The page numbers, in order.
+    pub fn pages(&self) -> impl ExactSizeIterator<Item = PageNumber> + Clone + use<> {
+        let first = self.0.first.0;
+        (0..self.0.count).map(move |i| PageNumber(first.wrapping_add(i as u64)))
+    }
+
+    /// Copies `destination.len()` bytes out, from `offset`.
+    pub fn read(&self, offset: usize, destination: &mut [u8]) -> Result<(), OutOfBounds> {
+        let source = self.check(offset, destination.len())?;
+        // SAFETY: `check` made sure that the bytes lie in the run, whose memory stays
+        // mapped as long as `self`; private memory cannot overlap it.
+        unsafe { copy_out(source, destination) };
+        Ok(())
+    }
+
+    /// Copies `source` in, at `offset`.
+    pub fn write(&self, offset: usize, source: &[u8]) -> Result<(), OutOfBounds> {
+        let destination = self.check(offset, source.len())?;
+        // SAFETY: as in `read`.
+        unsafe { copy_in(source, destination) };
+        Ok(())
+    }
+
+    /// Sets every byte to zero.
+    pub fn clear(&self) {
+        for offset in (0..self.len()).step_by(8) {
+            if let Ok(word) = self.atomic_u64(offset) {
+                word.store(0, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The 32-bit field at `offset`, which must be a multiple of 4.
+    pub fn atomic_u32(&self, offset: usize) -> Result<&AtomicU32, OutOfBounds> {
+        if !offset.is_multiple_of(4) {
+            return Err(OutOfBounds);
+        }
+        let field = self.check(offset, 4)?;
+        // SAFETY: in bounds, aligned (runs are page-aligned), alive as long as `self`, and
+        // only ever accessed atomically.
+        Ok(unsafe { AtomicU32::from_ptr(field.cast()) })
+    }
+
+    /// The 64-bit field at `offset`, which must be a multiple of 8.
+    pub fn atomic_u64(&self, offset: usize) -> Result<&AtomicU64, OutOfBounds> {
+        if !offset.is_multiple_of(8) {
+            return Err(OutOfBounds);
+        }
+        let field = self.check(offset, 8)?;
+        // SAFETY: as in `atomic_u32`.
+        Ok(unsafe { AtomicU64::from_ptr(field.cast()) })
+    }
+
+    /// A pointer to `len` bytes at `offset`, if the run has them.
+    fn check(&self, offset: usize, len: usize) -> Result<*mut u8, OutOfBounds> {
+        let end = offset.checked_add(len).ok_or(OutOfBounds)?;
+        if end > self.len() {
+            return Err(OutOfBounds);
+        }
+        // SAFETY: `offset` is at most the length of the run, so the result stays in it or
+        // one past its end.
+        Ok(unsafe { self.0.start.as_ptr().add(offset) })
+    }
+}
+
+impl fmt::Debug for SharedPages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedPages")
+            .field("first", &self.0.first)
+            .field("count", &self.0.count)
+            .finish()
+    }
+}
+
+fn heap_layout(count: usize) -> Option<core::alloc::Layout> {
+    let size = count.checked_mul(PAGE_SIZE).filter(|&size| size > 0)?;
+    core::alloc::Layout::from_size_align(size, PAGE_SIZE).ok()
+}
+
+/// Copies shared bytes into private memory, each byte read once.
+///
+/// # Safety
+///
+/// `source` is valid for reads of `destination.len()` bytes that are accessed only atomically.
+unsafe fn copy_out(source: *mut u8, destination: &mut [u8]) {
+    let (mut at, mut rest) = (source, destination);
+    while !rest.is_empty() {
+        let step = if at.addr().is_multiple_of(8) && rest.len() >= 8 {
+            8
+        } else {
+            1
+        };
+        let (now, later) = rest.split_at_mut(step);
+        if step == 8 {
+            // SAFETY: aligned and in bounds, by the caller's promise.
+            let word = unsafe { AtomicU64::from_ptr(at.cast()) }.load(Ordering::Relaxed);
+            now.copy_from_slice(&word.to_ne_bytes());
+        } else {
+            // SAFETY: in bounds, by the caller's promise.
+            now[0] = unsafe { AtomicU8::from_ptr(at) }.load(Ordering::Relaxed);
+        }
+        // SAFETY: stays in bounds or one past the end.
+        at = unsafe { at.add(step) };
+        rest = later;
+    }
+}
+
+/// Copies private bytes into shared memory.
+///
+/// # Safety
+///
+/// `destination` is valid for writes of `source.len()` bytes that are accessed only atomically.
+unsafe fn copy_in(source: &[u8], destination: *mut u8) {
+    let (mut at, mut rest) = (destination, source);
+    while !rest.is_empty() {
+        if at.addr().is_multiple_of(8)
+            && let Some((word, later)) = rest.split_first_chunk::<8>()
+        {
+            // SAFETY: aligned and in bounds, by the caller's promise.
+            unsafe { AtomicU64::from_ptr(at.cast()) }
+                .store(u64::from_ne_bytes(*word), Ordering::Relaxed);
+            // SAFETY: stays in bounds or one past the end.
+            at = unsafe { at.add(8) };
+            rest = later;
+        } else if let Some((byte, later)) = rest.split_first() {
+            // SAFETY: in bounds, by the caller's promise.
+            unsafe { AtomicU8::from_ptr(at) }.store(*byte, Ordering::Relaxed);
+            // SAFETY: stays in bounds or one past the end.
+            at = unsafe { at.add(1) };
+            rest = later;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn accesses_past_the_end_are_refused() {
+        let pages = SharedPages::from_heap(PageNumber(7), 1).unwrap();
+        let mut byte = [0];
+        assert_eq!(pages.read(4095, &mut byte), Ok(()));
+        assert_eq!(pages.read(4096, &mut byte), Err(OutOfBounds));
+        assert_eq!(pages.read(usize::MAX, &mut byte), Err(OutOfBounds));
+        assert_eq!(pages.write(4090, &[0; 7]), Err(OutOfBounds));
+        assert!(pages.atomic_u32(4092).is_ok());
+        assert!(pages.atomic_u32(4094).is_err());
+        assert!(pages.atomic_u64(4092).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(offset in 0usize..5000, data in proptest::collection::vec(any::<u8>(), 0..3000)) {
+            let pages = SharedPages::from_heap(PageNumber(0), 2).unwrap();
+            let mut back = std::vec![0; data.len()];
+            if offset + data.len() <= pages.len() {
+                pages.write(offset, &data).unwrap();
+                pages.read(offset, &mut back).unwrap();
+                prop_assert_eq!(back, data);
+            } else {
+                prop_assert!(pages.write(offset, &data).is_err());
+            }
+        }
+    }
+}
