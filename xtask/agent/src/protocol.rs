@@ -1,0 +1,254 @@
+//! The words between `xtask` and an agent: requests, answers and events, each
+//! in a frame of its own.
+//!
+//! A frame is a little-endian `u32` length and that many bytes of postcard.
+//! Every request carries an id and gets exactly one answer with the same id;
+//! events come unasked, in the order in which they happened.
+
+use std::io::{self, Read, Write};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// Largest body of a frame in bytes. A longer one means a broken stream.
+pub const MAX_FRAME: usize = 1 << 20;
+
+/// Bytes of a file that travel in one [`Request::Put`] or [`Event::Part`].
+pub const CHUNK: usize = 128 << 10;
+
+/// Names a VM for as long as the agent runs; chosen by the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct VmId(pub u32);
+
+/// Pairs an answer with its request; chosen by the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct RequestId(pub u32);
+
+/// A command for the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// Writes `data` at `offset` of the file `name` in the agent's directory;
+    /// offset 0 replaces the file.
+    Put {
+        /// Plain file name, no directories.
+        name: String,
+        /// Position of the first byte.
+        offset: u64,
+        /// At most [`CHUNK`] bytes.
+        data: Vec<u8>,
+    },
+    /// Starts a VM: runs `program` in the agent's directory. Its standard
+    /// output is the guest's console; the agent adds the arguments that give
+    /// it a QMP monitor.
+    Start {
+        /// The VM's name from here on.
+        vm: VmId,
+        /// Program and leading arguments (a loader, its options, QEMU).
+        program: Vec<String>,
+        /// QEMU's arguments.
+        arguments: Vec<String>,
+    },
+    /// Sends one line to a VM's QMP monitor.
+    Qmp {
+        /// The VM.
+        vm: VmId,
+        /// One JSON value, without the line end.
+        line: String,
+    },
+    /// Ends a VM at once. Its [`Event::Exited`] follows.
+    Kill {
+        /// The VM.
+        vm: VmId,
+    },
+    /// Reads a file of the agent's system, to its end. Its bytes come as
+    /// [`Event::Part`]s before the answer.
+    Read {
+        /// Absolute path.
+        path: String,
+    },
+    /// Writes a file of the agent's system (a kernel control file).
+    Write {
+        /// Absolute path.
+        path: String,
+        /// Everything that is written, in one piece.
+        data: Vec<u8>,
+    },
+    /// Ends the agent, and with it the machine that it is the first process of.
+    PowerOff,
+}
+
+/// What the agent says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// The agent is up. First event of every stream.
+    Hello {
+        /// [`VERSION`] of the agent.
+        version: u32,
+    },
+    /// Answer to the request `id`; on failure one sentence that says why.
+    Answer {
+        /// The request.
+        id: RequestId,
+        /// What came of it.
+        result: Result<(), String>,
+    },
+    /// Piece of the file asked for by the request `id`.
+    Part {
+        /// The request.
+        id: RequestId,
+        /// The next bytes.
+        data: Vec<u8>,
+    },
+    /// The guest wrote to its console.
+    Console {
+        /// The VM.
+        vm: VmId,
+        /// Time of arrival.
+        at: Nanoseconds,
+        /// Raw bytes.
+        data: Vec<u8>,
+    },
+    /// QEMU wrote to its standard error.
+    Complaint {
+        /// The VM.
+        vm: VmId,
+        /// Raw bytes.
+        data: Vec<u8>,
+    },
+    /// The QMP monitor said something: answer or event.
+    Qmp {
+        /// The VM.
+        vm: VmId,
+        /// Time of arrival.
+        at: Nanoseconds,
+        /// One JSON value.
+        line: String,
+    },
+    /// The VM has ended; its last event.
+    Exited {
+        /// The VM.
+        vm: VmId,
+        /// Time of its end.
+        at: Nanoseconds,
+        /// Exit status, or `None` when a signal ended it.
+        status: Option<i32>,
+    },
+}
+
+/// Version of these words; client and agent must have the same.
+pub const VERSION: u32 = 1;
+
+/// Nanoseconds of the agent's clock, since the agent started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Nanoseconds(pub u64);
+
+/// A request with its id, as it travels.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Numbered {
+    /// Comes back in the answer.
+    pub id: RequestId,
+    /// What to do.
+    pub request: Request,
+}
+
+/// Writes one frame and flushes it.
+///
+/// # Errors
+/// What the stream reports; `InvalidData` when the value is longer than
+/// [`MAX_FRAME`].
+pub fn send<T: Serialize>(stream: &mut impl Write, value: &T) -> io::Result<()> {
+    let body = postcard::to_stdvec(value).map_err(io::Error::other)?;
+    let length = u32::try_from(body.len())
+        .ok()
+        .filter(|_| body.len() <= MAX_FRAME)
+        .ok_or_else(|| invalid("a frame to send is too long"))?;
+    let mut frame = Vec::with_capacity(body.len() + 4);
+    frame.extend_from_slice(&length.to_le_bytes());
+    frame.extend_from_slice(&body);
+    stream.write_all(&frame)?;
+    stream.flush()
+}
+
+/// Reads one frame; `None` when the stream ends between two frames.
+///
+/// # Errors
+/// What the stream reports; `InvalidData` when the frame is too long or does
+/// not hold a `T`, `UnexpectedEof` when the stream ends inside a frame.
+pub fn receive<T: DeserializeOwned>(stream: &mut impl Read) -> io::Result<Option<T>> {
+    let mut length = [0; 4];
+    match stream.read(&mut length)? {
+        0 => return Ok(None),
+        n => stream.read_exact(length.get_mut(n..).unwrap_or_default())?,
+    }
+    let length = u32::from_le_bytes(length) as usize;
+    if length > MAX_FRAME {
+        return Err(invalid("a received frame is too long"));
+    }
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body)?;
+    postcard::from_bytes(&body)
+        .map(Some)
+        .map_err(|_| invalid("a received frame makes no sense"))
+}
+
+fn invalid(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round(event: &Event) -> Event {
+        let mut stream = Vec::new();
+        send(&mut stream, event).unwrap();
+        receive(&mut stream.as_slice()).unwrap().unwrap()
+    }
+
+    #[test]
+    fn frames_come_back_as_they_went() {
+        for event in [
+            Event::Hello { version: VERSION },
+            Event::Console {
+                vm: VmId(3),
+                at: Nanoseconds(u64::MAX),
+                data: vec![0, 255, 10],
+            },
+            Event::Answer {
+                id: RequestId(9),
+                result: Err("no such file".into()),
+            },
+        ] {
+            assert_eq!(round(&event), event);
+        }
+    }
+
+    #[test]
+    fn an_ended_stream_is_no_error_but_half_a_frame_is() {
+        let mut stream = Vec::new();
+        send(&mut stream, &Event::Hello { version: 1 }).unwrap();
+        let half = &stream[..stream.len() - 1];
+        assert!(receive::<Event>(&mut &[][..]).unwrap().is_none());
+        assert_eq!(
+            receive::<Event>(&mut &half[..]).unwrap_err().kind(),
+            io::ErrorKind::UnexpectedEof
+        );
+        assert_eq!(
+            receive::<Event>(&mut &half[..2]).unwrap_err().kind(),
+            io::ErrorKind::UnexpectedEof
+        );
+    }
+
+    #[test]
+    fn a_frame_that_is_too_long_is_refused_both_ways() {
+        let big = Event::Part {
+            id: RequestId(0),
+            data: vec![0; MAX_FRAME],
+        };
+        assert!(send(&mut Vec::new(), &big).is_err());
+        let mut stream = &[0xff, 0xff, 0xff, 0x7f, 0, 0][..];
+        assert_eq!(
+            receive::<Event>(&mut stream).unwrap_err().kind(),
+            io::ErrorKind::InvalidData
+        );
+    }
+}
