@@ -12,4 +12,5 @@ extern crate std;
 
 pub mod hypervisor;
 pub mod ids;
+pub mod ring;
 pub mod shared;

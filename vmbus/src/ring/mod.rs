@@ -1,0 +1,151 @@
+//! One ring buffer over shared pages: the way that packets take between guest and host.
+//!
+//! A ring is a control page and one or more data pages. It has one [`Writer`] and one [`Reader`],
+//! at opposite ends; a channel has two rings, one each way (spec vmbus.md, chapter 6).
+//! Neither end trusts the other: control fields are read once and checked, a packet is copied into private
+//! memory before anybody looks at it, and nothing that the other end writes can lead an
+//! access outside the ring.
+
+mod control;
+mod error;
+mod packet;
+mod reader;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+pub use error::RingError;
+pub use packet::{
+    GpaRange, GpaRanges, Kind, Outgoing, PacketBuffer, ScatterList, TransferPageList,
+    TransferPageRange, TransferPages,
+};
+pub use reader::{Head, Reader};
+pub use writer::{PushError, Room, Writer};
+
+use crate::ids::PAGE_SIZE;
+use crate::shared::{OutOfBounds, SharedPages};
+use control::Control;
+
+/// Bytes that are never filled, so that a full ring and an empty one look different.
+const GAP: u32 = 8;
+
+/// Bytes after each packet that repeat where it began.
+const FOOTER: u32 = 8;
+
+/// The largest data area: offsets and their sums stay far from the limits of 32 bits.
+const MAX_DATA: usize = 1 << 30;
+
+/// Whether the other end must be signalled now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use = "a signal that is not sent leaves the other end asleep"]
+pub enum Signal {
+    /// The other end waits for this: signal it.
+    Needed,
+    /// The other end is awake or does not want to know.
+    NotNeeded,
+}
+
+/// The memory of one ring: a control page followed by data pages.
+#[derive(Clone, Debug)]
+pub struct Ring {
+    pages: SharedPages,
+    /// Where the control page begins in `pages`.
+    control: usize,
+    /// Where the data begins in `pages`.
+    data: usize,
+    /// Bytes of data; a multiple of the page size.
+    size: u32,
+}
+
+impl Ring {
+    /// The ring in pages `first .. first + count` of `pages`, its control page included.
+    pub fn new(pages: &SharedPages, first: usize, count: usize) -> Result<Self, RingError> {
+        let end = first.checked_add(count).ok_or(RingError::Memory)?;
+        if count < 2 || end > pages.page_count() || (count - 1) * PAGE_SIZE > MAX_DATA {
+            return Err(RingError::Memory);
+        }
+        Ok(Self {
+            pages: pages.clone(),
+            control: first * PAGE_SIZE,
+            data: (first + 1) * PAGE_SIZE,
+            size: u32::try_from((count - 1) * PAGE_SIZE).map_err(|_| RingError::Memory)?,
+        })
+    }
+
+    /// Splits a channel's ring memory: the guest-to-host ring takes the first
+    /// `downstream_page` pages, the host-to-guest ring the rest (OPEN_CHANNEL, spec vmbus.md 3.2).
+    pub fn split(pages: &SharedPages, downstream_page: usize) -> Result<(Self, Self), RingError> {
+        let rest = pages
+            .page_count()
+            .checked_sub(downstream_page)
+            .ok_or(RingError::Memory)?;
+        Ok((
+            Self::new(pages, 0, downstream_page)?,
+            Self::new(pages, downstream_page, rest)?,
+        ))
+    }
+
+    /// Bytes of the data area.
+    pub fn size(&self) -> u32 {
+        self.size
+    }
+
+    /// The largest packet, its footer included, that fits the ring at all. Hosts refuse one that
+    /// fills the ring to the last usable byte.
+    pub fn largest_packet(&self) -> u32 {
+        (self.size - GAP - 8).min(packet::MAX_LENGTH + FOOTER)
+    }
+
+    fn control(&self) -> Control<'_> {
+        Control::new(self)
+    }
+
+    /// `offset` moved on by `bytes`, which is at most the ring's size.
+    fn advance(&self, offset: u32, bytes: u32) -> u32 {
+        let sum = offset + bytes;
+        if sum >= self.size {
+            sum - self.size
+        } else {
+            sum
+        }
+    }
+
+    /// Bytes between `consumer` and `producer`, both valid offsets.
+    fn used(&self, producer: u32, consumer: u32) -> u32 {
+        if producer >= consumer {
+            producer - consumer
+        } else {
+            producer + self.size - consumer
+        }
+    }
+
+    /// Bytes that can be written with these offsets.
+    fn free(&self, producer: u32, consumer: u32) -> u32 {
+        (self.size - self.used(producer, consumer)).saturating_sub(GAP)
+    }
+
+    /// Copies into the data area at `offset`, around its end if need be; gives the offset behind.
+    fn write(&self, offset: u32, bytes: &[u8]) -> Result<u32, OutOfBounds> {
+        let straight = ((self.size - offset) as usize).min(bytes.len());
+        let (head, tail) = bytes.split_at(straight);
+        self.pages.write(self.data + offset as usize, head)?;
+        if !tail.is_empty() {
+            self.pages.write(self.data, tail)?;
+        }
+        // A slice longer than the ring has been refused by the second write.
+        let length = u32::try_from(bytes.len()).map_err(|_| OutOfBounds)?;
+        Ok(self.advance(offset, length))
+    }
+
+    /// Copies out of the data area at `offset`, around its end if need be.
+    fn read(&self, offset: u32, bytes: &mut [u8]) -> Result<(), OutOfBounds> {
+        let straight = ((self.size - offset) as usize).min(bytes.len());
+        let (head, tail) = bytes.split_at_mut(straight);
+        self.pages.read(self.data + offset as usize, head)?;
+        if !tail.is_empty() {
+            self.pages.read(self.data, tail)?;
+        }
+        Ok(())
+    }
+}

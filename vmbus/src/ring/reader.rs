@@ -1,0 +1,154 @@
+//! The consuming end of a ring.
+
+use core::sync::atomic::{Ordering, fence};
+
+use zerocopy::FromBytes;
+
+use super::packet::{DESCRIPTOR, Descriptor, Kind, PacketBuffer};
+use super::{FOOTER, Ring, RingError, Signal};
+
+/// The consuming end: copies packets out, and says when the producer must be signalled.
+///
+/// After an error the position in the ring means nothing any more; close the channel.
+#[derive(Debug)]
+pub struct Reader {
+    ring: Ring,
+    /// Where the next packet begins. Kept here, not read back from shared memory.
+    consumer: u32,
+    /// The consumer offset that the producer can see.
+    published: u32,
+    /// The producer offset up to which packets are known to be there.
+    producer: u32,
+    /// The descriptor at `consumer`, once it has been read and checked.
+    head: Option<Head>,
+}
+
+/// The checked descriptor of the packet that is next in the ring.
+#[derive(Clone, Copy, Debug)]
+pub struct Head {
+    pub(super) kind: Kind,
+    pub(super) completion_requested: bool,
+    pub(super) transaction_id: u64,
+    /// Bytes from the descriptor's end to the data.
+    pub(super) extra: u32,
+    /// Bytes from the descriptor's end to the packet's end, without footer.
+    pub(super) rest: u32,
+}
+
+impl Head {
+    /// What sort of packet is next.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+}
+
+impl Reader {
+    /// The consuming end of an empty, zeroed ring.
+    pub fn new(ring: Ring) -> Self {
+        Self {
+            ring,
+            consumer: 0,
+            published: 0,
+            producer: 0,
+            head: None,
+        }
+    }
+
+    /// Bytes of the ring's data area: no packet is longer.
+    pub fn ring_size(&self) -> u32 {
+        self.ring.size()
+    }
+
+    /// Whether the producer of this ring signals, as the consumer of the other, when the room that is
+    /// waited for is there. If not, whoever waits must poll (spec vmbus.md 6.3, step 2).
+    pub fn peer_signals_room(&self) -> Result<bool, RingError> {
+        self.ring.control().supports_pending_send_size()
+    }
+
+    /// The next packet's descriptor, read once and checked; `None` when the ring is empty.
+    pub fn peek(&mut self) -> Result<Option<Head>, RingError> {
+        if self.head.is_some() {
+            return Ok(self.head);
+        }
+        if self.consumer == self.producer {
+            self.producer = self.ring.control().producer()?;
+            if self.consumer == self.producer {
+                return Ok(None);
+            }
+        }
+        let available = self.ring.used(self.producer, self.consumer);
+        if available < DESCRIPTOR + FOOTER {
+            return Err(RingError::Truncated { available });
+        }
+        let mut bytes = [0; DESCRIPTOR as usize];
+        self.ring.read(self.consumer, &mut bytes)?;
+        let descriptor =
+            Descriptor::read_from_bytes(&bytes).map_err(|_| RingError::Truncated { available })?;
+        self.head = Some(descriptor.check(available)?);
+        Ok(self.head)
+    }
+
+    /// Copies the next packet into `packet` and moves behind it; `false` when the ring is empty.
+    ///
+    /// The producer learns of the room at [`publish`](Self::publish).
+    pub fn read(&mut self, packet: &mut PacketBuffer) -> Result<bool, RingError> {
+        let Some(head) = self.peek()? else {
+            return Ok(false);
+        };
+        let body = packet.prepare(&head)?;
+        self.ring
+            .read(self.ring.advance(self.consumer, DESCRIPTOR), body)?;
+        packet.check()?;
+        // `check` saw that the whole packet and its footer lie before the producer's offset.
+        self.consumer = self
+            .ring
+            .advance(self.consumer, DESCRIPTOR + head.rest + FOOTER);
+        self.head = None;
+        Ok(true)
+    }
+
+    /// Gives the room of all packets read so far back to the producer, and decides whether it
+    /// waits for exactly that (spec vmbus.md 6.4, step 3).
+    pub fn publish(&mut self) -> Result<Signal, RingError> {
+        let before = self.published;
+        if self.consumer == before {
+            return Ok(Signal::NotNeeded);
+        }
+        let control = self.ring.control();
+        control.set_consumer(self.consumer)?;
+        self.published = self.consumer;
+        // A producer that waits writes the pending size first and looks at the consumer's offset
+        // after; so the other way here.
+        fence(Ordering::SeqCst);
+        // Some producers write one less than a multiple of 8.
+        let pending = control.pending_send_size()? & !7;
+        if pending == 0 {
+            return Ok(Signal::NotNeeded);
+        }
+        let producer = control.producer()?;
+        let had = self.ring.free(producer, before);
+        let has = self.ring.free(producer, self.consumer);
+        Ok(if had < pending && has >= pending {
+            Signal::Needed
+        } else {
+            Signal::NotNeeded
+        })
+    }
+
+    /// Tells the producer to send no "not empty" signals until [`unmask`](Self::unmask).
+    pub fn mask(&self) -> Result<(), RingError> {
+        self.ring.control().set_interrupt_mask(true)?;
+        fence(Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Asks for signals again and looks once more: `true` means that packets have come in the meantime
+    /// for which no signal may follow, so go on reading.
+    pub fn unmask(&mut self) -> Result<bool, RingError> {
+        self.ring.control().set_interrupt_mask(false)?;
+        // Without this fence the look below could come first, and a packet written in between
+        // would neither be seen nor signalled.
+        fence(Ordering::SeqCst);
+        Ok(self.head.is_some() || self.ring.control().producer()? != self.consumer)
+    }
+}
