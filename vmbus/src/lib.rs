@@ -10,7 +10,9 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod bus;
 pub mod hypervisor;
 pub mod ids;
+pub mod protocol;
 pub mod ring;
 pub mod shared;
