@@ -48,9 +48,6 @@ pub fn report(parameters: [u64; 5], text: &dyn fmt::Display) -> Reported {
         return Reported::Already;
     }
     let supported = msr::CRASH_CTL.read();
-    if !supported.contains(CrashControl::NOTIFY) {
-        return Reported::NotOffered;
-    }
     let mut parameters = parameters;
     let mut action = CrashControl::NOTIFY;
     let mut reported = Reported::Parameters;

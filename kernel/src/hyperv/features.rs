@@ -220,7 +220,7 @@ impl Features {
     /// Names what is missing.
     pub fn check(&self) -> Result<(), Missing> {
         if self.isolation != Isolation::NONE {
-            return Err(Missing::Openness(self.isolation));
+            return Err(Missing::SharedMemory(self.isolation));
         }
         let missing = REQUIRED.difference(self.privileges);
         if missing.is_empty() {
@@ -367,14 +367,14 @@ pub enum Missing {
     /// These privileges.
     Privileges(Privileges),
     /// Memory that the host can reach: the partition is isolated from its host.
-    Openness(Isolation),
+    SharedMemory(Isolation),
 }
 
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let missing = match self {
             Self::Privileges(missing) => *missing,
-            Self::Openness(isolation) => {
+            Self::SharedMemory(isolation) => {
                 return write!(
                     f,
                     "this partition is isolated from its host ({isolation}): not supported"

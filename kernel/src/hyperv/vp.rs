@@ -70,6 +70,12 @@ pub struct VirtualProcessor {
     pub timer: Timer,
 }
 
+const _: () = {
+    // It lies in the VP's own data, whose statistics other VPs read.
+    const fn shareable<T: Send + Sync>() {}
+    shareable::<VirtualProcessor>();
+};
+
 impl VirtualProcessor {
     /// Sets up the VP that runs this code, with interrupts off: SynIC with VMBus on its SINT, and
     /// timer 0. The host must offer what [`Features::check`] asks for.
