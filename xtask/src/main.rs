@@ -1,2 +1,18 @@
-//! `cargo xtask`: build, image, run, test and bench.
-fn main() {}
+//! `cargo xtask`: builds, images, runs, tests and measures guests.
+#![forbid(unsafe_code)]
+
+mod cli;
+mod floor;
+mod guest;
+mod machine;
+mod packages;
+mod progress;
+mod run;
+mod tests;
+mod workspace;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

@@ -25,7 +25,8 @@ pub(crate) fn main() {
         eprintln!("error: the agent is the first process of a Linux VM and runs nowhere else");
         process::exit(1);
     }
-    let role = env::args().nth(1);
+    // Words that the kernel does not know come before it.
+    let role = env::args().next_back();
     let result = match role.as_deref() {
         Some("agent") => agent_role(),
         Some("referee") => referee::role(),

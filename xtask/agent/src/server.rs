@@ -261,8 +261,8 @@ impl Running {
     }
 
     fn kill(&self) {
-        // A process that has ended already is what was wanted.
-        drop(pidfd_send_signal(&self.process, Signal::KILL));
+        // It fails for a process that has ended already, which is what is wanted.
+        let _ = pidfd_send_signal(&self.process, Signal::KILL);
     }
 
     fn end(self) {

@@ -1,0 +1,175 @@
+//! The command line: commands, options and their manual.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::{
+    guest::Profile,
+    machine::{Kind, process},
+    run, tests,
+};
+
+/// Build, image, run, test and measure Enlit appliances.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    version,
+    max_term_width = 100
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Build an appliance, boot it in a VM with Hyper-V, show its console
+    #[command(long_about = RUN)]
+    Run(run::Options),
+    /// Run all tests: unit tests on this computer, then guests in VMs
+    #[command(long_about = TEST)]
+    Test(tests::Options),
+}
+
+const RUN: &str = "\
+Build an appliance, boot it in a VM with Hyper-V, show its console.
+
+The machine is chosen by itself: if this computer's /dev/kvm offers Hyper-V, QEMU runs on it \
+directly; otherwise QEMU emulates a small Linux machine whose KVM does (the nested machine; it \
+takes about ten seconds to boot). Software that is missing is fetched once through apt and \
+unpacked below target/enlit; the system is left as it is, and root is not needed.
+
+Addresses in a panic report are followed by the functions and lines that they belong to.
+
+Ctrl-C ends the VM and everything around it. The exit status is 0 when the guest powers off or is \
+ended by Ctrl-C, and 1 when it panics, gives up, or is reset.";
+
+const TEST: &str = "\
+Run all tests: unit tests on this computer, then guests in VMs.
+
+Each VM test boots a guest, waits for what it prints and does, and has a time limit. One line per \
+test says what was checked. The last line counts: `N passed, N failed`.
+
+The nested machine's emulator has two known faults. A VM test that fails there with evidence of one \
+of them is repeated once, which is said and counted.";
+
+/// Which appliance, and how it is built.
+#[derive(Debug, Clone, Args)]
+pub struct What {
+    /// Appliance to build: a package of this work tree
+    #[arg(short, long, value_name = "NAME", default_value = "hello")]
+    pub package: String,
+    /// Build as shipped (the default)
+    #[arg(long, overrides_with = "debug")]
+    pub release: bool,
+    /// Build with checks, without optimisation
+    #[arg(long)]
+    pub debug: bool,
+}
+
+impl What {
+    /// The profile asked for.
+    pub fn profile(&self) -> Profile {
+        if self.debug {
+            Profile::Debug
+        } else {
+            Profile::Release
+        }
+    }
+}
+
+/// A machine by its name on the command line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Wish {
+    /// The best that works here: `qemu` if possible, otherwise `nested`
+    Auto,
+    /// QEMU on this computer's KVM, which must offer Hyper-V
+    Qemu,
+    /// QEMU on the KVM of an emulated Linux machine: works everywhere, slower
+    Nested,
+    /// QEMU's emulation alone: no Hyper-V; for the boot loader and for failing well
+    Tcg,
+}
+
+impl From<Wish> for Option<Kind> {
+    fn from(wish: Wish) -> Self {
+        match wish {
+            Wish::Auto => None,
+            Wish::Qemu => Some(Kind::Kvm),
+            Wish::Nested => Some(Kind::Nested),
+            Wish::Tcg => Some(Kind::Emulated),
+        }
+    }
+}
+
+/// Runs the command; prints a failure as one sentence.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = process::handle_interrupts()
+        .map_err(Into::into)
+        .and_then(|()| carry_out(cli.command));
+    match result {
+        Ok(code) => code,
+        Err(_) if process::was_interrupted() => ExitCode::from(130),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn carry_out(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Run(options) => run::run(&options),
+        Command::Test(options) => tests::run(&options),
+    }
+}
+
+/// Memory sizes: `64`, `64M`, `4G`; in MiB.
+pub fn memory(text: &str) -> Result<u32, String> {
+    let (digits, factor) = match text.strip_suffix(['G', 'g']) {
+        Some(digits) => (digits, 1024),
+        None => (text.trim_end_matches(['M', 'm']), 1),
+    };
+    digits
+        .parse::<u32>()
+        .ok()
+        .and_then(|number| number.checked_mul(factor))
+        .filter(|&mib| mib > 0)
+        .ok_or_else(|| "a size is a number of MiB, or a number with M or G behind it".into())
+}
+
+/// A file name that must exist.
+pub fn existing_file(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    if path.is_file() {
+        Ok(path)
+    } else {
+        Err("there is no such file".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn memory_has_units() {
+        assert_eq!(memory("64"), Ok(64));
+        assert_eq!(memory("64M"), Ok(64));
+        assert_eq!(memory("4G"), Ok(4096));
+        for wrong in ["", "0", "G", "-1", "4T", "5000000G"] {
+            assert!(memory(wrong).is_err(), "{wrong}");
+        }
+    }
+}

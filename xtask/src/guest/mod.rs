@@ -1,0 +1,11 @@
+//! Guests: built by cargo, stripped for booting, unstripped for symbolising.
+
+mod build;
+mod strip;
+mod symbolise;
+
+pub use self::{
+    build::{Guest, Profile, build, build_agent, build_efi},
+    strip::strip,
+    symbolise::Symboliser,
+};

@@ -1,0 +1,148 @@
+//! Turns addresses of a guest's report into functions and lines of source.
+
+use std::path::Path;
+
+use addr2line::Loader;
+use anyhow::{Result, anyhow};
+use regex::Regex;
+
+/// Looks addresses up in an unstripped ELF.
+pub struct Symboliser {
+    loader: Loader,
+    frame: Regex,
+}
+
+impl Symboliser {
+    /// Opens the ELF.
+    pub fn open(symbols: &Path) -> Result<Self> {
+        Ok(Self {
+            loader: Loader::new(symbols)
+                .map_err(|error| anyhow!("cannot read {}: {error}", symbols.display()))?,
+            frame: Regex::new(r"#(\d+) +0x([0-9a-fA-F]{16})\b")?,
+        })
+    }
+
+    /// The lines that belong below a line of a report: one for each function,
+    /// inlined ones first. Empty when the line names no address of the guest.
+    ///
+    /// A report's line holds `#N 0xADDRESS`. From number 1 on, addresses are
+    /// return addresses: the call is the instruction before.
+    pub fn below(&self, line: &str) -> Vec<String> {
+        let Some(groups) = self.frame.captures(line) else {
+            return Vec::new();
+        };
+        let is_call = groups[1].bytes().any(|digit| digit != b'0');
+        let Ok(address) = u64::from_str_radix(&groups[2], 16) else {
+            return Vec::new();
+        };
+        self.frames(address.saturating_sub(u64::from(is_call)))
+            .iter()
+            .map(|frame| format!("        {frame}"))
+            .collect()
+    }
+
+    /// The function that an address belongs to, without inlining; `None` outside
+    /// the program.
+    pub fn function(&self, address: u64) -> Option<String> {
+        let name = self.loader.find_symbol(address)?;
+        Some(tidy(&demangle(name)))
+    }
+
+    /// Function and place for an address, from the innermost inlined function
+    /// out.
+    pub fn frames(&self, address: u64) -> Vec<String> {
+        let mut lines = Vec::new();
+        if let Ok(mut frames) = self.loader.find_frames(address) {
+            while let Ok(Some(frame)) = frames.next() {
+                let name = frame
+                    .function
+                    .and_then(|function| Some(tidy(&function.demangle().ok()?)));
+                let place = frame.location.and_then(|location| {
+                    Some(format!("{}:{}", location.file?, location.line.unwrap_or(0)))
+                });
+                match (name, place) {
+                    (Some(name), Some(place)) => lines.push(format!("{name} at {place}")),
+                    (Some(only), None) | (None, Some(only)) => lines.push(only),
+                    (None, None) => {}
+                }
+            }
+        }
+        if lines.is_empty() {
+            lines.extend(self.function(address));
+        }
+        lines
+    }
+}
+
+fn demangle(name: &str) -> String {
+    rustc_demangle::demangle(name).to_string()
+}
+
+/// A name without the compiler's hash at its end.
+fn tidy(name: &str) -> String {
+    match name.rsplit_once("::h") {
+        Some((front, hash)) if hash.len() == 16 && hash.bytes().all(|c| c.is_ascii_hexdigit()) => {
+            front.to_owned()
+        }
+        _ => name.to_owned(),
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[inline(never)]
+    fn a_function_of_this_test() -> u64 {
+        // Any body that is this function's own.
+        std::hint::black_box(0x5eed)
+    }
+
+    /// Looks into this very test program; a position-independent one, so file
+    /// addresses are the running ones less the load address.
+    #[test]
+    fn an_address_leads_to_its_function_and_line() {
+        assert_eq!(a_function_of_this_test(), 0x5eed);
+        let program = std::env::current_exe().unwrap();
+        let symboliser = Symboliser::open(&program).unwrap();
+        let bytes = std::fs::read(&program).unwrap();
+        let file = object::File::parse(&*bytes).unwrap();
+        use object::{Object, ObjectSymbol};
+        let address = file
+            .symbols()
+            .find(|symbol| {
+                symbol
+                    .name()
+                    .is_ok_and(|name| name.contains("a_function_of_this_test"))
+            })
+            .unwrap()
+            .address();
+        let report = format!("  #0 {address:#018x}");
+        let below = symboliser.below(&report);
+        assert!(
+            below[0].contains("a_function_of_this_test at "),
+            "{below:?}"
+        );
+        assert!(below[0].contains("symbolise.rs:"), "{below:?}");
+        // As a return address the first byte belongs to what stands before.
+        let below = symboliser.below(&format!("  #1 {address:#018x}"));
+        assert!(
+            !below
+                .iter()
+                .any(|line| line.contains("a_function_of_this_test"))
+        );
+    }
+
+    #[test]
+    fn other_lines_stay_as_they_are() {
+        let symboliser = Symboliser::open(&std::env::current_exe().unwrap()).unwrap();
+        assert!(symboliser.below("memory 0x0000000000001000").is_empty());
+        assert!(symboliser.below("  #0 0xfffffffffffffff0").is_empty());
+    }
+
+    #[test]
+    fn hashes_are_cut_off_names() {
+        assert_eq!(tidy("a::b::h0123456789abcdef"), "a::b");
+        assert_eq!(tidy("a::hello"), "a::hello");
+    }
+}

@@ -1,0 +1,193 @@
+//! What a VM is made of, and QEMU's arguments for it.
+
+/// Accelerator, and with it whether Hyper-V is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accelerator {
+    /// KVM, with QEMU's Hyper-V enlightenments.
+    KvmHyperV,
+    /// QEMU's emulator; Hyper-V does not exist.
+    Tcg,
+}
+
+/// What is booted; files are named as in the agent's directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Boot {
+    /// An ELF with a PVH note, started by QEMU itself.
+    Kernel {
+        /// The ELF.
+        file: String,
+        /// Initial RAM file system, for Linux.
+        initrd: Option<String>,
+    },
+    /// An EFI application, started by OVMF with the command line as its options.
+    Efi {
+        /// The application.
+        file: String,
+        /// The firmware.
+        firmware: String,
+    },
+    /// A raw disk, booted by OVMF.
+    Disk {
+        /// The disk image.
+        file: String,
+        /// The firmware.
+        firmware: String,
+    },
+}
+
+/// A VM to start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmConfig {
+    /// What is booted.
+    pub boot: Boot,
+    /// Words of the guest's command line.
+    pub cmdline: Vec<String>,
+    /// Memory in MiB.
+    pub memory: u32,
+    /// Virtual processors.
+    pub cpus: u32,
+    /// Whether there is a VMBus (KVM only).
+    pub vmbus: bool,
+    /// Whether the VMBus has a dynamic-memory device.
+    pub balloon: bool,
+    /// TCP port of QEMU's debugger stub; the VM waits for `continue`.
+    pub gdb: Option<u16>,
+}
+
+/// Port of the device that ends the VM with a failing status.
+pub const DEBUG_EXIT: u16 = 0xf4;
+
+/// Id of the balloon device.
+pub const BALLOON_ID: &str = "balloon";
+
+/// Every enlightenment that QEMU has and the nested machine bears.
+const ENLIGHTENED_CPU: &str = "host,kvm=off,hv-relaxed,hv-vapic,hv-spinlocks=0x1fff,hv-vpindex,\
+     hv-runtime,hv-time,hv-synic,hv-stimer,hv-stimer-direct,hv-reset,hv-frequencies,hv-crash,\
+     hv-tlbflush,hv-ipi";
+
+impl VmConfig {
+    /// A usual VM: 256 MiB, one processor, VMBus and balloon.
+    pub fn new(boot: Boot) -> Self {
+        Self {
+            boot,
+            cmdline: Vec::new(),
+            memory: 256,
+            cpus: 1,
+            vmbus: true,
+            balloon: true,
+            gdb: None,
+        }
+    }
+
+    /// QEMU's arguments. The VM is created stopped, its console is standard
+    /// output, and it ends rather than reset.
+    pub fn arguments(&self, accelerator: Accelerator) -> Vec<String> {
+        let mut list = vec![
+            "-machine q35 -nodefaults -no-user-config -display none -vga none -S".into(),
+            "-chardev stdio,id=console,signal=off -serial chardev:console".into(),
+            "-action reboot=shutdown,panic=exit-failure".into(),
+            format!("-m {} -smp {}", self.memory, self.cpus),
+            format!("-device isa-debug-exit,iobase={DEBUG_EXIT:#x},iosize=4"),
+        ];
+        match accelerator {
+            Accelerator::KvmHyperV => {
+                list.push(format!("-accel kvm -cpu {ENLIGHTENED_CPU}"));
+                if self.vmbus {
+                    list.push("-device vmbus-bridge".into());
+                    if self.balloon {
+                        list.push(format!("-device hv-balloon,id={BALLOON_ID}"));
+                    }
+                }
+            }
+            Accelerator::Tcg => list.push("-accel tcg -cpu max".into()),
+        }
+        if let Some(port) = self.gdb {
+            list.push(format!("-gdb tcp:127.0.0.1:{port}"));
+        }
+        let mut arguments: Vec<String> = list
+            .iter()
+            .flat_map(|words| words.split(' '))
+            .map(str::to_owned)
+            .collect();
+        // File names may hold blanks, so these are not split.
+        let mut add = |words: &[&str]| arguments.extend(words.iter().copied().map(str::to_owned));
+        let cmdline = self.full_cmdline();
+        match &self.boot {
+            Boot::Kernel { file, initrd } => {
+                add(&["-kernel", file, "-append", &cmdline]);
+                if let Some(initrd) = initrd {
+                    add(&["-initrd", initrd]);
+                }
+            }
+            Boot::Efi { file, firmware } => {
+                add(&["-bios", firmware, "-kernel", file, "-append", &cmdline]);
+            }
+            Boot::Disk { file, firmware } => add(&[
+                "-bios",
+                firmware,
+                "-drive",
+                &format!("file={},format=raw,snapshot=on", file.replace(',', ",,")),
+            ]),
+        }
+        arguments
+    }
+
+    /// The command line with the word that names the debug-exit port.
+    pub fn full_cmdline(&self) -> String {
+        let mut words = self.cmdline.clone();
+        words.push(format!("debug-exit={DEBUG_EXIT:#x}"));
+        words.join(" ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig::new(Boot::Kernel {
+            file: "k.elf".into(),
+            initrd: None,
+        })
+    }
+
+    #[test]
+    fn devices_of_hyper_v_need_kvm_and_can_be_left_out() {
+        let line = |config: &VmConfig, accelerator| config.arguments(accelerator).join(" ");
+        let mut config = config();
+        let full = line(&config, Accelerator::KvmHyperV);
+        assert!(full.contains("-device vmbus-bridge -device hv-balloon,id=balloon"));
+        assert!(full.contains("hv-synic"));
+        config.balloon = false;
+        let bus = line(&config, Accelerator::KvmHyperV);
+        assert!(bus.contains("vmbus-bridge") && !bus.contains("hv-balloon"));
+        config.vmbus = false;
+        assert!(!line(&config, Accelerator::KvmHyperV).contains("vmbus"));
+        let tcg = line(&super::tests::config(), Accelerator::Tcg);
+        assert!(!tcg.contains("hv-") && tcg.contains("-accel tcg"));
+    }
+
+    #[test]
+    fn a_file_name_may_hold_blanks_and_commas() {
+        let mut config = config();
+        config.boot = Boot::Disk {
+            file: "/a b/c,d.img".into(),
+            firmware: "/o v".into(),
+        };
+        let arguments = config.arguments(Accelerator::Tcg);
+        assert!(arguments.contains(&"file=/a b/c,,d.img,format=raw,snapshot=on".to_owned()));
+        assert!(arguments.contains(&"/o v".to_owned()));
+    }
+
+    #[test]
+    fn the_guest_is_told_of_the_debug_exit_port() {
+        let mut config = config();
+        config.cmdline = vec!["log=debug".into()];
+        assert_eq!(config.full_cmdline(), "log=debug debug-exit=0xf4");
+        assert!(
+            config
+                .arguments(Accelerator::Tcg)
+                .contains(&"log=debug debug-exit=0xf4".to_owned())
+        );
+    }
+}

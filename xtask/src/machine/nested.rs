@@ -1,0 +1,252 @@
+//! The nested machine: QEMU's emulator runs a small Linux, whose KVM has the
+//! Hyper-V enlightenments that this computer lacks. The agent is that Linux's
+//! first process and runs the guests.
+
+use std::{
+    fs,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, UNIX_EPOCH},
+};
+
+use anyhow::{Context, Result, anyhow};
+use command_fds::{CommandFdExt, FdMapping};
+use sha2::{Digest, Sha256};
+
+use super::{cpio::Archive, link::Link, linux::Linux, process};
+use crate::{packages::Qemu, progress};
+
+/// Longest boot of the small Linux; usually some ten seconds.
+const BOOT: Duration = Duration::from_secs(180);
+
+/// The same with counted instructions, which runs on one thread.
+const BOOT_COUNTED: Duration = Duration::from_secs(600);
+
+/// File descriptor on which the outer QEMU finds the agent's stream.
+const AGENT_FD: i32 = 3;
+
+/// Firmware that QEMU needs for a guest started by PVH.
+const FIRMWARE: [&str; 4] = [
+    "bios-256k.bin",
+    "pvh.bin",
+    "kvmvapic.bin",
+    "linuxboot_dma.bin",
+];
+
+/// What the small Linux needs to run guests.
+const MODULES: [&str; 1] = ["kvm_amd"];
+
+/// The small Linux's command line. What it says at boot costs time (each byte is
+/// emulated), and so does what it does for a computer's safety: this one lives
+/// for a test.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off audit=0 lsm= \
+     random.trust_cpu=on tsc=reliable no_timer_check cryptomgr.notests -- agent";
+
+/// How to start QEMU inside the small Linux.
+const INNER_QEMU: [&str; 6] = [
+    "/lib/loader",
+    "--library-path",
+    "/lib",
+    "/bin/qemu-system-x86_64",
+    "-L",
+    "/firmware",
+];
+
+/// The clock by which the outer processor runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Clock {
+    /// The computer's own.
+    Wall,
+    /// One instruction is one nanosecond.
+    Instructions,
+}
+
+/// The running outer QEMU. Dropping it ends it.
+pub struct Outer {
+    child: Child,
+}
+
+impl Drop for Outer {
+    fn drop(&mut self) {
+        // It may have ended already, which is what is wanted.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// Kernel and initial RAM file system of the small Linux, kept below `store`.
+#[derive(Debug)]
+pub struct Image {
+    kernel: PathBuf,
+    initrd: PathBuf,
+    directory: PathBuf,
+}
+
+impl Image {
+    /// Builds the files unless they are there for exactly this agent, QEMU and
+    /// kernel.
+    pub fn prepare(store: &Path, qemu: &Qemu, linux: &Path, agent: &Path) -> Result<Self> {
+        let directory = store.join("nested");
+        fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot use {}", directory.display()))?;
+        let agent = fs::read(agent).with_context(|| format!("cannot read {}", agent.display()))?;
+        let kernel = directory.join(format!("vmlinux-{}", key(&[&stamp(linux)?])));
+        let initrd = directory.join(format!(
+            "initrd-{}",
+            key(&[&agent, &stamp(qemu.program())?, &stamp(linux)?])
+        ));
+        let linux = Linux::of_tree(linux)?;
+        if !kernel.is_file() {
+            let _step = progress::step("unpacking the test machine's kernel");
+            replace(&directory, "vmlinux-", &kernel, &linux.elf()?)?;
+        }
+        if !initrd.is_file() {
+            let _step = progress::step("packing the test machine");
+            let archive = pack(qemu, &linux, &agent)?;
+            replace(&directory, "initrd-", &initrd, &archive)?;
+        }
+        Ok(Self {
+            kernel,
+            initrd,
+            directory,
+        })
+    }
+
+    /// Boots it and connects to its agent.
+    pub fn boot(&self, qemu: &Qemu, clock: Clock) -> Result<(Outer, Link)> {
+        let _step = progress::step("booting the test machine");
+        let (near, far) = UnixStream::pair()?;
+        let log = self.directory.join("console.log");
+        let console =
+            fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        let accelerator = match clock {
+            Clock::Wall => "-accel tcg,thread=multi",
+            Clock::Instructions => "-accel tcg,thread=single -icount shift=0,sleep=off",
+        };
+        let options = format!(
+            "{accelerator} -machine q35 -cpu max -smp 1 -m 3072 -nodefaults -no-user-config \
+             -display none -vga none -no-reboot -chardev stdio,id=console,signal=off \
+             -serial chardev:console -device virtio-serial-pci \
+             -chardev socket,id=agent,fd={AGENT_FD} -device virtserialport,chardev=agent,name=enlit"
+        );
+        let mut words = process::tied_to_us(qemu.command()).into_iter();
+        let mut command = Command::new(words.next().context("QEMU has no name")?);
+        command
+            .args(words)
+            .args(options.split_whitespace())
+            .arg("-kernel")
+            .arg(&self.kernel)
+            .arg("-initrd")
+            .arg(&self.initrd)
+            .args(["-append", CMDLINE])
+            .stdin(Stdio::null())
+            .stdout(console.try_clone()?)
+            .stderr(console)
+            .fd_mappings(vec![FdMapping {
+                parent_fd: OwnedFd::from(far),
+                child_fd: AGENT_FD,
+            }])?;
+        let child = command.spawn().context("cannot start QEMU")?;
+        // Our copy of the far end must go for its closing to be seen here.
+        drop(command);
+        let outer = Outer { child };
+        process::close_on_interrupt(near.try_clone()?);
+        let limit = match clock {
+            Clock::Wall => BOOT,
+            Clock::Instructions => BOOT_COUNTED,
+        };
+        let link = Link::new(near.try_clone()?, near, limit).map_err(|error| {
+            let said = fs::read_to_string(&log).unwrap_or_default();
+            let last: Vec<_> = said.lines().rev().take(5).collect();
+            let last: Vec<_> = last.into_iter().rev().collect();
+            anyhow!(
+                "the test machine does not boot ({error}); it said last:\n{}",
+                last.join("\n")
+            )
+        })?;
+        Ok((outer, link))
+    }
+
+    /// How to start QEMU inside.
+    pub fn inner_qemu() -> Vec<String> {
+        INNER_QEMU.iter().map(|&word| word.to_owned()).collect()
+    }
+}
+
+fn pack(qemu: &Qemu, linux: &Linux, agent: &[u8]) -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    for directory in [
+        "bin", "dev", "firmware", "lib", "modules", "proc", "sys", "tmp",
+    ] {
+        archive.directory(directory);
+    }
+    archive.file("init", agent);
+    let mut add = |to: &str, from: &Path| -> Result<()> {
+        let content = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+        archive.file(to, &content);
+        Ok(())
+    };
+    add("bin/qemu-system-x86_64", qemu.program())?;
+    let libraries = qemu.libraries().context("cannot list QEMU's libraries")?;
+    for (index, library) in libraries.iter().enumerate() {
+        let name = library.file_name().unwrap_or_default().to_string_lossy();
+        match index {
+            0 => add("lib/loader", library)?,
+            _ => add(&format!("lib/{name}"), library)?,
+        }
+    }
+    for name in FIRMWARE {
+        let file = qemu
+            .firmware(name)
+            .ok_or_else(|| anyhow!("this QEMU comes without the firmware file {name}"))?;
+        add(&format!("firmware/{name}"), &file)?;
+    }
+    for (index, (name, module)) in linux.modules(&MODULES)?.iter().enumerate() {
+        archive.file(&format!("modules/{index:02}-{name}.ko"), module);
+    }
+    Ok(archive.finish())
+}
+
+/// Names a file or directory that does not change but as a whole.
+fn stamp(path: &Path) -> Result<Vec<u8>> {
+    let metadata = fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let changed = metadata.modified()?.duration_since(UNIX_EPOCH)?.as_nanos();
+    Ok(format!("{} {} {changed}", path.display(), metadata.len()).into_bytes())
+}
+
+fn key(parts: &[&[u8]]) -> String {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    let digest = hash.finalize();
+    digest
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+/// Writes `file` in one piece and removes older ones of its kind.
+fn replace(directory: &Path, kind: &str, file: &Path, content: &[u8]) -> Result<()> {
+    let old: Vec<_> = fs::read_dir(directory)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with(kind))
+        })
+        .collect();
+    let write = || -> std::io::Result<()> {
+        let mut scratch = tempfile::NamedTempFile::new_in(directory)?;
+        std::io::Write::write_all(&mut scratch, content)?;
+        scratch.persist(file)?;
+        Ok(())
+    };
+    write().map_err(crate::packages::Problem::file(file))?;
+    for path in old.iter().filter(|path| *path != file) {
+        fs::remove_file(path)?;
+    }
+    Ok(())
+}

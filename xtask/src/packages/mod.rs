@@ -1,0 +1,174 @@
+//! Software that the test machine is made of: QEMU with its firmware and
+//! libraries, and a Linux kernel with modules.
+//!
+//! What the system has and fits is used. Otherwise packages are fetched by name
+//! through apt and unpacked below `target/enlit/packages`, each set in a
+//! directory of its own that appears in one piece (unpacked beside it, then
+//! renamed), so its being there is all there is to check at the next start. To
+//! fetch anew, remove the directory.
+
+mod apt;
+mod problem;
+mod qemu;
+mod sources;
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
+
+use self::apt::Apt;
+pub use self::{apt::exists, problem::Problem, qemu::Qemu};
+use crate::progress;
+
+/// Oldest QEMU that serves: the first with `hv-balloon`.
+const QEMU_LEAST: (u32, u32) = (8, 2);
+
+/// Kernel packages, by distribution: the first one that the sources have.
+const LINUX_PACKAGES: [&str; 2] = ["linux-image-cloud-amd64", "linux-image-virtual"];
+
+/// Oldest kernel that serves in the test machine.
+const LINUX_LEAST: (u32, u32) = (6, 8);
+
+/// Where packages are kept, and the one apt that fetches them.
+#[derive(Debug)]
+pub struct Packages {
+    directory: PathBuf,
+    apt: Option<Apt>,
+}
+
+impl Packages {
+    /// The store below `store`; nothing is fetched yet.
+    ///
+    /// # Errors
+    /// On a system where VMs cannot be run at all.
+    pub fn new(store: &Path) -> Result<Self, Problem> {
+        if env::consts::OS != "linux" {
+            return Err(Problem::System(env::consts::OS));
+        }
+        if env::consts::ARCH != "x86_64" {
+            return Err(Problem::Architecture(env::consts::ARCH));
+        }
+        Ok(Self {
+            directory: store.join("packages"),
+            apt: None,
+        })
+    }
+
+    /// A QEMU that fits: the system's or a fetched one.
+    pub fn qemu(&mut self) -> Result<Qemu, Problem> {
+        if let Some(qemu) = Qemu::of_system(QEMU_LEAST) {
+            return Ok(qemu);
+        }
+        let tree = self.qemu_tree()?;
+        Qemu::of_tree(&tree).map_err(|file| Problem::Incomplete {
+            package: "qemu-system-x86",
+            file,
+            store: self.directory.clone(),
+        })
+    }
+
+    /// The firmware that starts EFI files (an OVMF image without stored
+    /// variables).
+    pub fn ovmf(&mut self) -> Result<PathBuf, Problem> {
+        const PLACES: [&str; 3] = [
+            "usr/share/ovmf/OVMF.fd",
+            "usr/share/qemu/OVMF.fd",
+            "usr/share/OVMF/OVMF.fd",
+        ];
+        let find = |root: &Path| {
+            PLACES
+                .iter()
+                .map(|place| root.join(place))
+                .find(|path| path.is_file())
+        };
+        if let Some(path) = find(Path::new("/")) {
+            return Ok(path);
+        }
+        let tree = self.set("ovmf", |apt, into| {
+            apt.download(&["ovmf".to_owned()], None, into)
+        })?;
+        find(&tree).ok_or_else(|| Problem::Incomplete {
+            package: "ovmf",
+            file: "OVMF.fd".into(),
+            store: self.directory.clone(),
+        })
+    }
+
+    /// A tree with a Linux kernel in `boot` and its modules in `lib/modules` or
+    /// `usr/lib/modules`.
+    pub fn linux(&mut self) -> Result<PathBuf, Problem> {
+        self.set("linux", |apt, into| {
+            let mut problem = Problem::NoAptForLinux;
+            for package in LINUX_PACKAGES {
+                match apt.find(package, LINUX_LEAST) {
+                    Ok(found) => {
+                        let release = found.release.as_deref();
+                        let mut names = apt.closure_names(package, release)?;
+                        names.retain(|name| {
+                            (name.starts_with("linux-image-") && name != package)
+                                || name.starts_with("linux-modules-")
+                        });
+                        return apt.download(&names, release, into);
+                    }
+                    Err(error) => problem = error,
+                }
+            }
+            Err(problem)
+        })
+        .map_err(|problem| match problem {
+            Problem::NoApt => Problem::NoAptForLinux,
+            other => other,
+        })
+    }
+
+    fn qemu_tree(&mut self) -> Result<PathBuf, Problem> {
+        self.set("qemu", |apt, _| {
+            let found = apt.find("qemu-system-x86", QEMU_LEAST)?;
+            apt.download_closure(&["qemu-system-x86"], found.release.as_deref())
+        })
+    }
+
+    /// The directory of a package set; fetches and unpacks it if it is not there.
+    fn set(
+        &mut self,
+        name: &str,
+        fetch: impl FnOnce(&mut Apt, &Path) -> Result<Vec<PathBuf>, Problem>,
+    ) -> Result<PathBuf, Problem> {
+        let tree = self.directory.join(name);
+        if tree.is_dir() {
+            return Ok(tree);
+        }
+        fs::create_dir_all(&self.directory).map_err(Problem::file(&self.directory))?;
+        let apt = match &mut self.apt {
+            Some(apt) => apt,
+            none => {
+                let _step = progress::step("reading the package lists");
+                none.insert(Apt::new(&self.directory.join("apt"))?)
+            }
+        };
+        let scratch = |what: &str| {
+            tempfile::Builder::new()
+                .prefix(&format!("{name}-{what}-"))
+                .tempdir_in(&self.directory)
+                .map_err(Problem::file(&self.directory))
+        };
+        let download = scratch("download")?;
+        let unpacked = scratch("unpacked")?;
+        let debs = {
+            let _step = progress::step(&format!("fetching the packages of {name}"));
+            fetch(apt, download.path())?
+        };
+        let step = progress::step(&format!("unpacking {} packages of {name}", debs.len()));
+        for deb in &debs {
+            if let Some(name) = deb.file_name() {
+                step.detail(&name.to_string_lossy());
+            }
+            apt::unpack(deb, unpacked.path())?;
+        }
+        apt.clean()?;
+        // The scratch directory is private; the tree is for everybody.
+        fs::rename(unpacked.path(), &tree).map_err(Problem::file(&tree))?;
+        Ok(tree)
+    }
+}

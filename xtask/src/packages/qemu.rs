@@ -1,0 +1,171 @@
+//! A QEMU on this computer: how to start it, what it is made of.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// The dynamic loader of an unpacked tree. Its usual path is an absolute link
+/// that leads out of the tree.
+const LOADER: &str = "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
+
+/// Library directories of an unpacked tree.
+const LIBRARIES: [&str; 2] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
+
+/// Firmware directories of an unpacked tree.
+const FIRMWARE: [&str; 2] = ["usr/share/qemu", "usr/share/seabios"];
+
+/// A QEMU that has `vmbus-bridge` and `hv-balloon`.
+#[derive(Debug, Clone)]
+pub struct Qemu {
+    program: PathBuf,
+    /// Loader and its options, when the program comes with its own libraries.
+    loader: Vec<String>,
+    firmware: Vec<PathBuf>,
+    origin: String,
+}
+
+impl Qemu {
+    /// The system's QEMU, if it is at least version `least` and has the devices.
+    pub fn of_system(least: (u32, u32)) -> Option<Self> {
+        let path = std::env::var_os("PATH")?;
+        let program = std::env::split_paths(&path)
+            .map(|directory| directory.join("qemu-system-x86_64"))
+            .find(|path| path.is_file())?;
+        let says = |arguments: &[&str]| {
+            let output = Command::new(&program).args(arguments).output().ok()?;
+            Some(String::from_utf8_lossy(&output.stdout).into_owned())
+        };
+        let version = version(&says(&["--version"])?)?;
+        let devices = says(&["-device", "help"])?;
+        let fits = version >= least
+            && ["\"vmbus-bridge\"", "\"hv-balloon\""]
+                .iter()
+                .all(|device| devices.contains(device));
+        fits.then_some(())?;
+        let firmware = says(&["-L", "help"])?.lines().map(PathBuf::from).collect();
+        Some(Self {
+            origin: format!("QEMU {}.{} of this system", version.0, version.1),
+            program,
+            loader: Vec::new(),
+            firmware,
+        })
+    }
+
+    /// The QEMU of an unpacked tree. On failure the file that is missing.
+    pub fn of_tree(tree: &Path) -> Result<Self, String> {
+        let program = tree.join("usr/bin/qemu-system-x86_64");
+        let loader = tree.join(LOADER);
+        for file in [&program, &loader] {
+            if !file.is_file() {
+                return Err(file.display().to_string());
+            }
+        }
+        let libraries: Vec<_> = LIBRARIES
+            .iter()
+            .map(|directory| tree.join(directory).display().to_string())
+            .collect();
+        Ok(Self {
+            program,
+            loader: vec![
+                loader.display().to_string(),
+                "--library-path".into(),
+                libraries.join(":"),
+            ],
+            firmware: FIRMWARE
+                .iter()
+                .map(|directory| tree.join(directory))
+                .collect(),
+            origin: "QEMU of target/enlit".into(),
+        })
+    }
+
+    /// Where it comes from, in words.
+    pub fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    /// Program and leading arguments to start it with.
+    pub fn command(&self) -> Vec<String> {
+        let mut command = self.loader.clone();
+        command.push(self.program.display().to_string());
+        if !self.loader.is_empty() {
+            for directory in &self.firmware {
+                command.extend(["-L".into(), directory.display().to_string()]);
+            }
+        }
+        command
+    }
+
+    /// The program file.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// The dynamic loader and all shared libraries that the program needs.
+    pub fn libraries(&self) -> std::io::Result<Vec<PathBuf>> {
+        const SYSTEM_LOADER: &str = "/lib64/ld-linux-x86-64.so.2";
+        let (loader, options) = match self.loader.split_first() {
+            Some((loader, options)) => (loader.as_str(), options),
+            None => (SYSTEM_LOADER, &[][..]),
+        };
+        let output = Command::new(loader)
+            .args(options)
+            .arg("--list")
+            .arg(&self.program)
+            .output()?;
+        let mut libraries = vec![PathBuf::from(loader)];
+        libraries.extend(listed(&String::from_utf8_lossy(&output.stdout)));
+        Ok(libraries)
+    }
+
+    /// A firmware file by its name, e.g. `bios-256k.bin`.
+    pub fn firmware(&self, name: &str) -> Option<PathBuf> {
+        self.firmware
+            .iter()
+            .map(|directory| directory.join(name))
+            .find_map(|path| fs::canonicalize(path).ok())
+    }
+}
+
+/// Version in the first line of `--version`.
+fn version(text: &str) -> Option<(u32, u32)> {
+    let number = text.split_once("version ")?.1;
+    let mut parts = number.split(|c: char| !c.is_ascii_digit());
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+/// Files in the loader's list, the loader itself left out.
+fn listed(text: &str) -> Vec<PathBuf> {
+    text.lines()
+        .filter_map(|line| line.split_once(" => ")?.1.split_whitespace().next())
+        .filter(|path| path.starts_with('/') && !path.contains("/ld-linux"))
+        .map(PathBuf::from)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_read_from_the_first_line() {
+        let text = "QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\nCopyright";
+        assert_eq!(version(text), Some((10, 0)));
+        assert_eq!(version("no such thing"), None);
+    }
+
+    #[test]
+    fn the_loaders_list_is_read() {
+        let text = "\tlinux-vdso.so.1 (0x00007ffc)\n\tlibz.so.1 => /l/libz.so.1 (0x7f)\n\tlibno.so => not found\n\t/lib64/ld-linux-x86-64.so.2 => /l/ld-linux-x86-64.so.2 (0x7f)\n";
+        assert_eq!(listed(text), [PathBuf::from("/l/libz.so.1")]);
+    }
+
+    #[test]
+    fn an_incomplete_tree_names_what_it_lacks() {
+        let tree = tempfile::tempdir().unwrap();
+        let missing = Qemu::of_tree(tree.path()).unwrap_err();
+        assert!(missing.ends_with("usr/bin/qemu-system-x86_64"), "{missing}");
+    }
+}

@@ -1,0 +1,235 @@
+//! `cargo xtask test`: host unit tests, then guests in real VMs.
+//!
+//! VM tests are functions over a [`Stand`], named in the tables of the modules
+//! below. All tests that need Hyper-V share one machine; on the nested one it
+//! boots once.
+
+mod floor;
+
+use std::{
+    process::{Command, ExitCode},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::{
+    cli::Wish,
+    machine::{self, Boot, Choice, Clock, Kind, Machine, Vm, VmConfig},
+    packages::Packages,
+    progress,
+    workspace::Workspace,
+};
+
+/// Options of `test`.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// Machine for the tests that need Hyper-V
+    #[arg(long, value_enum, default_value = "auto")]
+    machine: Wish,
+    /// Run only VM tests whose name holds this text, and no unit tests
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+    /// Name the VM tests and run nothing
+    #[arg(long)]
+    list: bool,
+}
+
+/// Packages whose unit tests run on this computer.
+const UNIT_TESTED: [&str; 6] = ["handover", "vmbus", "vmbus-host", "enlit", "agent", "xtask"];
+
+/// Longest time that a guest may take to print what is waited for. Ten times of
+/// what the nested machine needs.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Which machine a test needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needs {
+    /// One with Hyper-V.
+    HyperV,
+    /// Plain emulation, without Hyper-V.
+    Emulation,
+}
+
+/// A VM test.
+pub struct Test {
+    /// Its name, `area/what`.
+    pub name: &'static str,
+    /// The machine it needs.
+    pub needs: Needs,
+    /// Runs it; says what was checked.
+    pub run: fn(&mut Stand) -> Result<String>,
+}
+
+/// What a test works with.
+pub struct Stand<'a> {
+    machine: &'a Machine,
+}
+
+impl Stand<'_> {
+    /// The machine.
+    pub fn machine(&self) -> &Machine {
+        self.machine
+    }
+
+    /// A VM that boots this ELF by PVH.
+    pub fn kernel(&self, name: &str, elf: &[u8]) -> Result<VmConfig> {
+        self.machine.put(name, elf)?;
+        Ok(VmConfig::new(Boot::Kernel {
+            file: name.into(),
+            initrd: None,
+        }))
+    }
+
+    /// Starts a VM.
+    pub fn start(&mut self, config: &VmConfig) -> Result<Vm> {
+        self.machine.run(config)
+    }
+}
+
+fn all() -> Vec<&'static Test> {
+    [floor::TESTS].into_iter().flatten().collect()
+}
+
+/// Runs the tests; fails when one fails.
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let wanted = options.filter.as_deref().unwrap_or_default();
+    let tests: Vec<_> = all()
+        .into_iter()
+        .filter(|test| test.name.contains(wanted))
+        .collect();
+    if options.list {
+        for test in tests {
+            println!("{}", test.name);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if tests.is_empty() {
+        bail!("no VM test has {wanted:?} in its name; `cargo xtask test --list` names them");
+    }
+    let workspace = Workspace::find()?;
+    let mut count = Count::default();
+    if options.filter.is_none() {
+        for package in UNIT_TESTED {
+            count.unit(unit_tests(&workspace, package)?, package);
+        }
+    }
+    let mut packages = Packages::new(&workspace.store())?;
+    for needs in [Needs::Emulation, Needs::HyperV] {
+        let tests: Vec<_> = tests.iter().filter(|test| test.needs == needs).collect();
+        if tests.is_empty() {
+            continue;
+        }
+        let Choice { kind, reason } = match needs {
+            Needs::Emulation => Choice {
+                kind: Kind::Emulated,
+                reason: "for the tests without Hyper-V".into(),
+            },
+            Needs::HyperV => machine::choose(options.machine.into()),
+        };
+        println!("machine: {kind} ({reason})");
+        let machine = Machine::start(&workspace, &mut packages, kind, Clock::Wall)?;
+        for test in tests {
+            count.vm(test, &machine);
+        }
+    }
+    println!("{} passed, {} failed", count.passed, count.failed);
+    Ok(if count.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+#[derive(Default)]
+struct Count {
+    passed: u32,
+    failed: u32,
+}
+
+impl Count {
+    fn unit(&mut self, (passed, failed): (u32, u32), package: &str) {
+        self.passed += passed;
+        self.failed += failed;
+        println!("unit  {package}: {passed} passed, {failed} failed");
+    }
+
+    fn vm(&mut self, test: &Test, machine: &Machine) {
+        let start = Instant::now();
+        let result = {
+            let _step = progress::step(test.name);
+            (test.run)(&mut Stand { machine })
+        };
+        let seconds = start.elapsed().as_secs_f64();
+        match result {
+            Ok(checked) => {
+                self.passed += 1;
+                println!("ok    {} ({seconds:.1} s): {checked}", test.name);
+            }
+            Err(error) => {
+                self.failed += 1;
+                println!("FAIL  {} ({seconds:.1} s): {error:#}", test.name);
+            }
+        }
+    }
+}
+
+/// Runs a package's unit tests; counts passed and failed.
+fn unit_tests(workspace: &Workspace, package: &str) -> Result<(u32, u32)> {
+    let _step = progress::step(&format!("unit tests of {package}"));
+    let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .args(["test", "--quiet", "--package", package])
+        .current_dir(workspace.root())
+        .env("CARGO_TARGET_DIR", workspace.target())
+        .output()
+        .context("cannot start cargo")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let (passed, failed) = totals(&text);
+    if output.status.success() {
+        return Ok((passed, failed));
+    }
+    eprint!("{text}{}", String::from_utf8_lossy(&output.stderr));
+    // A package that does not build counts as one failure.
+    Ok((passed, failed.max(1)))
+}
+
+/// Adds up the `test result:` lines of cargo's output.
+fn totals(output: &str) -> (u32, u32) {
+    let number = |line: &str, word: &str| {
+        line.split([';', '.'])
+            .find_map(|part| part.trim().strip_suffix(word)?.trim().parse::<u32>().ok())
+            .unwrap_or(0)
+    };
+    output
+        .lines()
+        .filter(|line| line.starts_with("test result:"))
+        .fold((0, 0), |(passed, failed), line| {
+            (
+                passed + number(line, "passed"),
+                failed + number(line, "failed"),
+            )
+        })
+}
+
+#[cfg(test)]
+mod unit {
+    use super::*;
+
+    #[test]
+    fn test_results_are_added_up() {
+        let output = "running 3 tests\n...\ntest result: ok. 3 passed; 0 failed; 0 ignored\n\
+                      test result: FAILED. 4 passed; 2 failed; 1 ignored; 0 measured\n";
+        assert_eq!(totals(output), (7, 2));
+        assert_eq!(totals("error: could not compile"), (0, 0));
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let mut names: Vec<_> = all().iter().map(|test| test.name).collect();
+        let count = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), count);
+    }
+}
