@@ -37,7 +37,8 @@ pub fn init(features: &Features, page: Option<Page>) {
     }
 }
 
-/// The time, in units of 100 ns. Callable anywhere, takes no lock. Zero before [`init`].
+/// The time, in units of 100 ns. Callable anywhere, takes no lock; with the page it costs the
+/// page's arithmetic and one locked instruction. Zero before [`init`].
 ///
 /// Never goes back, on one VP or from one VP to another, even when the source changes: the
 /// two sources may differ by a little.

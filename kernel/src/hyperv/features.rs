@@ -257,7 +257,7 @@ impl Features {
             Capability::needed("message posting", has(Privileges::POST_MESSAGES)),
             Capability::needed("event signalling", has(Privileges::SIGNAL_EVENTS)),
             Capability::needed("SynIC", has(Privileges::SYNIC)),
-            Capability::used("AutoEOI", self.auto_eoi()),
+            Capability::used("AutoEOI", has(Privileges::SYNIC) && self.auto_eoi()),
             Capability::needed("VP index", has(Privileges::VP_INDEX)),
             Capability::needed("reference counter", has(Privileges::REFERENCE_COUNTER)),
             Capability::used("reference TSC page", has(Privileges::REFERENCE_TSC)),

@@ -18,7 +18,7 @@
 //! | [`reset`] | reset by MSR |
 //!
 //! `unsafe` lives in `instructions` (the instructions themselves), [`overlay`] (the memory) and
-//! three places of [`hypercall`]; everything else is safe code over typed registers and pages.
+//! [`hypercall`] (the calls); the other modules forbid it and work on typed registers and pages.
 
 pub mod clock;
 pub mod crash;

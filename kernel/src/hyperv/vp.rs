@@ -77,7 +77,8 @@ const _: () = {
 };
 
 impl VirtualProcessor {
-    /// Sets up the VP that runs this code, with interrupts off: SynIC with VMBus on its SINT, and
+    /// Sets up the VP that runs this code, with interrupts off and its local APIC on (an interrupt
+    /// that a disabled APIC gets is lost): SynIC with VMBus on its SINT, and
     /// timer 0. The host must offer what [`Features::check`] asks for.
     pub fn start(features: &Features, pages: Pages, vectors: Vectors) -> Self {
         let vmbus = (Sint::VMBUS, vectors.vmbus);
