@@ -1,14 +1,19 @@
 //! The command line: commands, options and their manual.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    io::{self, BufRead},
+    process::ExitCode,
+};
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    guest::Profile,
+    guest::{self, Profile, Symboliser},
+    image,
     machine::{Kind, process},
-    run, tests,
+    run, suite,
+    workspace::Workspace,
 };
 
 /// Build, image, run, test and measure Enlit appliances.
@@ -31,7 +36,16 @@ enum Command {
     Run(run::Options),
     /// Run all tests: unit tests on this computer, then guests in VMs
     #[command(long_about = TEST)]
-    Test(tests::Options),
+    Test(suite::Options),
+    /// Build an appliance: its kernel ELF, stripped for booting
+    #[command(long_about = BUILD)]
+    Build(What),
+    /// Make the files that a VM boots from: EFI application and disk image
+    #[command(long_about = IMAGE)]
+    Image(image::Options),
+    /// Add functions and source lines to a guest's report, read from standard input
+    #[command(long_about = SYMBOLISE)]
+    Symbolise(What),
 }
 
 const RUN: &str = "\
@@ -55,6 +69,27 @@ test says what was checked. The last line counts: `N passed, N failed`.
 
 The nested machine's emulator has two known faults. A VM test that fails there with evidence of one \
 of them is repeated once, which is said and counted.";
+
+const BUILD: &str = "\
+Build an appliance: its kernel ELF, stripped for booting.
+
+Prints two files with their sizes: the ELF with symbols and line numbers, and the stripped copy that \
+is booted (QEMU `-kernel`, or any VMM that starts an ELF by PVH or by the 64-bit Linux protocol).";
+
+const IMAGE: &str = "\
+Make the files that a VM boots from: EFI application and disk image.
+
+NAME.efi is the whole appliance in one EFI application. NAME.img is a raw disk (GPT, 512-byte \
+sectors) whose EFI system partition holds it as \\EFI\\BOOT\\BOOTX64.EFI, where firmware looks by \
+itself; --cmdline puts the guest's command line beside it as CMDLINE.TXT. The same input gives the \
+same bytes.";
+
+const SYMBOLISE: &str = "\
+Add functions and source lines to a guest's report, read from standard input.
+
+Copies standard input to standard output. Below each line with `#N 0xADDRESS` follow the functions \
+that the address belongs to, inlined ones first. The appliance must be the one that ran: same \
+sources, same profile. `cargo xtask run` does this by itself.";
 
 /// Which appliance, and how it is built.
 #[derive(Debug, Clone, Args)]
@@ -124,8 +159,34 @@ pub fn main() -> ExitCode {
 fn carry_out(command: Command) -> Result<ExitCode> {
     match command {
         Command::Run(options) => run::run(&options),
-        Command::Test(options) => tests::run(&options),
+        Command::Test(options) => suite::run(&options),
+        Command::Build(what) => build(&what),
+        Command::Image(options) => image::run(&options),
+        Command::Symbolise(what) => symbolise(&what),
     }
+}
+
+fn build(what: &What) -> Result<ExitCode> {
+    let workspace = Workspace::find()?;
+    let guest = guest::build(&workspace, &what.package, what.profile())?;
+    for path in [&guest.symbols, &guest.stripped] {
+        println!("{:>9} bytes  {}", path.metadata()?.len(), path.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn symbolise(what: &What) -> Result<ExitCode> {
+    let workspace = Workspace::find()?;
+    let guest = guest::build(&workspace, &what.package, what.profile())?;
+    let symboliser = Symboliser::open(&guest.symbols)?;
+    for line in io::stdin().lock().lines() {
+        let line = line?;
+        println!("{line}");
+        for below in symboliser.below(&line) {
+            println!("{below}");
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Memory sizes: `64`, `64M`, `4G`; in MiB.
@@ -140,16 +201,6 @@ pub fn memory(text: &str) -> Result<u32, String> {
         .and_then(|number| number.checked_mul(factor))
         .filter(|&mib| mib > 0)
         .ok_or_else(|| "a size is a number of MiB, or a number with M or G behind it".into())
-}
-
-/// A file name that must exist.
-pub fn existing_file(text: &str) -> Result<PathBuf, String> {
-    let path = PathBuf::from(text);
-    if path.is_file() {
-        Ok(path)
-    } else {
-        Err("there is no such file".into())
-    }
 }
 
 #[cfg(test)]

@@ -4,11 +4,12 @@
 mod cli;
 mod floor;
 mod guest;
+mod image;
 mod machine;
 mod packages;
 mod progress;
 mod run;
-mod tests;
+mod suite;
 mod workspace;
 
 use std::process::ExitCode;

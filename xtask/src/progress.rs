@@ -83,7 +83,7 @@ fn run(what: &str, detail: &Mutex<String>, stopped: &mpsc::Receiver<()>) {
     } else {
         eprintln!("    {what} ...");
         // The other end never sends; this waits for the step's end.
-        drop(stopped.recv());
+        let _ = stopped.recv();
     }
     eprintln!("    {what}: {:.1} s", start.elapsed().as_secs_f64());
 }

@@ -1,21 +1,33 @@
 //! Turns addresses of a guest's report into functions and lines of source.
 
-use std::path::Path;
+use std::{fs, ops::Range, path::Path};
 
 use addr2line::Loader;
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
+use object::{Object, ObjectSection, SectionKind};
 use regex::Regex;
 
 /// Looks addresses up in an unstripped ELF.
 pub struct Symboliser {
     loader: Loader,
+    /// Where the program's code is.
+    code: Vec<Range<u64>>,
     frame: Regex,
 }
 
 impl Symboliser {
     /// Opens the ELF.
     pub fn open(symbols: &Path) -> Result<Self> {
+        let read = || format!("cannot read {}", symbols.display());
+        let bytes = fs::read(symbols).with_context(read)?;
+        let code = object::File::parse(&*bytes)
+            .with_context(read)?
+            .sections()
+            .filter(|section| section.kind() == SectionKind::Text)
+            .map(|section| section.address()..section.address() + section.size())
+            .collect();
         Ok(Self {
+            code,
             loader: Loader::new(symbols)
                 .map_err(|error| anyhow!("cannot read {}: {error}", symbols.display()))?,
             frame: Regex::new(r"#(\d+) +0x([0-9a-fA-F]{16})\b")?,
@@ -44,6 +56,9 @@ impl Symboliser {
     /// The function that an address belongs to, without inlining; `None` outside
     /// the program.
     pub fn function(&self, address: u64) -> Option<String> {
+        if !self.has(address) {
+            return None;
+        }
         let name = self.loader.find_symbol(address)?;
         Some(tidy(&demangle(name)))
     }
@@ -52,6 +67,9 @@ impl Symboliser {
     /// out.
     pub fn frames(&self, address: u64) -> Vec<String> {
         let mut lines = Vec::new();
+        if !self.has(address) {
+            return lines;
+        }
         if let Ok(mut frames) = self.loader.find_frames(address) {
             while let Ok(Some(frame)) = frames.next() {
                 let name = frame
@@ -71,6 +89,10 @@ impl Symboliser {
             lines.extend(self.function(address));
         }
         lines
+    }
+
+    fn has(&self, address: u64) -> bool {
+        self.code.iter().any(|range| range.contains(&address))
     }
 }
 
@@ -107,7 +129,7 @@ mod tests {
         let symboliser = Symboliser::open(&program).unwrap();
         let bytes = std::fs::read(&program).unwrap();
         let file = object::File::parse(&*bytes).unwrap();
-        use object::{Object, ObjectSymbol};
+        use object::ObjectSymbol;
         let address = file
             .symbols()
             .find(|symbol| {

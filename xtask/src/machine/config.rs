@@ -154,7 +154,8 @@ mod tests {
     #[test]
     fn devices_of_hyper_v_need_kvm_and_can_be_left_out() {
         let line = |config: &VmConfig, accelerator| config.arguments(accelerator).join(" ");
-        let mut config = config();
+        let plain = config();
+        let mut config = plain.clone();
         let full = line(&config, Accelerator::KvmHyperV);
         assert!(full.contains("-device vmbus-bridge -device hv-balloon,id=balloon"));
         assert!(full.contains("hv-synic"));
@@ -163,7 +164,7 @@ mod tests {
         assert!(bus.contains("vmbus-bridge") && !bus.contains("hv-balloon"));
         config.vmbus = false;
         assert!(!line(&config, Accelerator::KvmHyperV).contains("vmbus"));
-        let tcg = line(&super::tests::config(), Accelerator::Tcg);
+        let tcg = line(&plain, Accelerator::Tcg);
         assert!(!tcg.contains("hv-") && tcg.contains("-accel tcg"));
     }
 

@@ -213,7 +213,7 @@ fn totals(output: &str) -> (u32, u32) {
 }
 
 #[cfg(test)]
-mod unit {
+mod tests {
     use super::*;
 
     #[test]
