@@ -1,0 +1,65 @@
+//! I/O ports: the console, ACPI power control and the test machine's exit device.
+
+use core::arch::asm;
+
+use uart_16550::Uart16550;
+use uart_16550::backend::PioBackend;
+
+/// Writes a byte.
+pub fn write_u8(port: u16, value: u8) {
+    // SAFETY: a port write cannot break memory safety by itself on a machine whose only devices
+    // with access to memory are the host's.
+    unsafe {
+        asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
+    };
+}
+
+/// Writes 16 bits.
+pub fn write_u16(port: u16, value: u16) {
+    // SAFETY: as in `write_u8`.
+    unsafe {
+        asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack, preserves_flags))
+    };
+}
+
+/// Writes 32 bits.
+pub fn write_u32(port: u16, value: u32) {
+    // SAFETY: as in `write_u8`.
+    unsafe {
+        asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags))
+    };
+}
+
+/// Reads 16 bits.
+pub fn read_u16(port: u16) -> u16 {
+    let value;
+    // SAFETY: as in `write_u8`.
+    unsafe {
+        asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack, preserves_flags))
+    };
+    value
+}
+
+/// Writes bytes one after another to one port: one VM exit for all of them, where the host
+/// emulates string output as one operation.
+pub fn write_bytes(port: u16, bytes: &[u8]) {
+    // SAFETY: the processor reads exactly the slice's bytes; for the port as in `write_u8`.
+    unsafe {
+        asm!(
+            "rep outsb",
+            in("dx") port,
+            inout("rsi") bytes.as_ptr() => _,
+            inout("rcx") bytes.len() => _,
+            options(readonly, nostack, preserves_flags),
+        );
+    }
+}
+
+/// The serial port at this base, for the console alone.
+pub fn serial(base: u16) -> Uart16550<PioBackend> {
+    // SAFETY: port accesses cannot break memory safety here, see `write_u8`.
+    match unsafe { Uart16550::new_port(base) } {
+        Ok(uart) => uart,
+        Err(error) => unreachable!("the eight ports from {base:#x} exist: {error}"),
+    }
+}
