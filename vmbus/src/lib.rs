@@ -13,6 +13,11 @@ extern crate std;
 pub mod bus;
 pub mod hypervisor;
 pub mod ids;
+pub mod kmcl;
 pub mod protocol;
 pub mod ring;
+mod runtime;
 pub mod shared;
+pub mod sync;
+
+pub use runtime::{ChannelInfo, ConnectionState, OfferInfo, Snapshot, Vmbus};

@@ -36,6 +36,18 @@ const FOOTER: u32 = 8;
 /// The largest data area: offsets and their sums stay far from the limits of 32 bits.
 const MAX_DATA: usize = 1 << 30;
 
+/// The largest packet, its footer included, that fits a ring with `size` bytes of data at all. Hosts
+/// refuse one that fills the ring to the last usable byte.
+pub const fn largest_packet(size: usize) -> u32 {
+    let usable = size.saturating_sub(GAP as usize + 8);
+    let most = packet::MAX_LENGTH + FOOTER;
+    if usable < most as usize {
+        usable as u32
+    } else {
+        most
+    }
+}
+
 /// Whether the other end must be signalled now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use = "a signal that is not sent leaves the other end asleep"]
@@ -91,10 +103,15 @@ impl Ring {
         self.size
     }
 
-    /// The largest packet, its footer included, that fits the ring at all. Hosts refuse one that
-    /// fills the ring to the last usable byte.
+    /// The largest packet, its footer included, that fits the ring at all.
     pub fn largest_packet(&self) -> u32 {
-        (self.size - GAP - 8).min(packet::MAX_LENGTH + FOOTER)
+        largest_packet(self.size as usize)
+    }
+
+    /// Whether the producer of this ring signals, as the consumer of the other one, when the
+    /// room that is waited for is there. If not, whoever waits must poll (spec vmbus.md 6.3, step 2).
+    pub fn producer_signals_room(&self) -> Result<bool, RingError> {
+        self.control().supports_pending_send_size()
     }
 
     fn control(&self) -> Control<'_> {

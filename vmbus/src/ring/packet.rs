@@ -151,6 +151,11 @@ impl<'a> Outgoing<'a> {
         }
     }
 
+    /// Bytes that the packet takes in a ring, footer included.
+    pub fn footprint(&self) -> u64 {
+        self.length() + u64::from(FOOTER)
+    }
+
     /// Bytes of the range header and its ranges.
     fn extra(&self) -> u64 {
         self.ranges

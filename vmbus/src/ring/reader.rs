@@ -59,12 +59,6 @@ impl Reader {
         self.ring.size()
     }
 
-    /// Whether the producer of this ring signals, as the consumer of the other, when the room that is
-    /// waited for is there. If not, whoever waits must poll (spec vmbus.md 6.3, step 2).
-    pub fn peer_signals_room(&self) -> Result<bool, RingError> {
-        self.ring.control().supports_pending_send_size()
-    }
-
     /// The next packet's descriptor, read once and checked; `None` when the ring is empty.
     pub fn peek(&mut self) -> Result<Option<Head>, RingError> {
         if self.head.is_some() {

@@ -341,9 +341,9 @@ mod signals_to_the_producer {
     fn the_feature_bit_says_who_signals_room() {
         let pages = memory();
         let ring = Ring::new(&pages, 0, 2).unwrap();
-        assert_eq!(Reader::new(ring.clone()).peer_signals_room(), Ok(false));
+        assert_eq!(ring.producer_signals_room(), Ok(false));
         let _writer = Writer::new(ring.clone()).unwrap();
-        assert_eq!(Reader::new(ring).peer_signals_room(), Ok(true));
+        assert_eq!(ring.producer_signals_room(), Ok(true));
     }
 }
 

@@ -4,7 +4,7 @@ use core::fmt;
 use core::sync::atomic::{Ordering, fence};
 
 use super::packet::Outgoing;
-use super::{FOOTER, Ring, RingError, Signal};
+use super::{Ring, RingError, Signal};
 
 /// The producing end: writes packets, and says when the consumer must be signalled.
 ///
@@ -98,7 +98,7 @@ impl Writer {
     /// [`publish`](Self::publish). On an error the ring is as before.
     pub fn push(&mut self, packet: &Outgoing<'_>) -> Result<(), PushError> {
         let limit = self.ring.largest_packet();
-        let need = packet.length() + u64::from(FOOTER);
+        let need = packet.footprint();
         let length = match u32::try_from(need) {
             Ok(short) if short <= limit => short,
             _ => return Err(PushError::TooLarge { need, limit }),
@@ -149,7 +149,7 @@ impl Writer {
     /// Asks the consumer for a signal once `need` bytes are free, unless they are free already.
     ///
     /// Packets pushed before must have been published, or the consumer could never make room.
-    /// Only for a consumer that [supports it](super::Reader::peer_signals_room).
+    /// Only for a consumer that [supports it](Ring::producer_signals_room).
     pub fn wait_for(&mut self, need: u32) -> Result<Room, RingError> {
         debug_assert_eq!(self.producer, self.published);
         self.ring.control().set_pending_send_size(need)?;

@@ -1,0 +1,312 @@
+//! A channel in the Disabled state: everything that can be configured.
+
+use alloc::sync::Arc;
+use core::fmt;
+
+use super::channel::{Channel, EnabledChannel};
+use super::{ChannelError, Client, ReceivedPacket, Refused, pipe};
+use crate::ids::{PAGE_SIZE, VpIndex};
+use crate::protocol::Guid;
+use crate::ring::largest_packet;
+
+pub(super) type ProcessPacket = dyn Fn(&Channel, ReceivedPacket<'_>) + Send + Sync;
+pub(super) type ProcessingComplete = dyn Fn(&Channel, u32) + Send + Sync;
+pub(super) type Opened = dyn Fn(&Channel) -> Result<(), Refused> + Send + Sync;
+pub(super) type StateChange = dyn Fn(&Channel) + Send + Sync;
+pub(super) type Failure = dyn Fn(&Channel, ChannelError) + Send + Sync;
+
+/// A disabled channel: set it up, then [`enable`](Self::enable) it.
+///
+/// The setters are KMCL's `VmbChannelInit...` and `VmbClientChannelInit...` functions. That they work on a Disabled
+/// channel only holds by type: an enabled one is an [`EnabledChannel`]. A builder can be enabled
+/// again after its channel has ended; cloning it is cheap.
+#[derive(Clone)]
+pub struct ChannelBuilder {
+    pub(super) interface: Guid,
+    pub(super) instance: Option<Guid>,
+    pub(super) friendly_name: &'static str,
+    pub(super) incoming_pages: usize,
+    pub(super) outgoing_pages: usize,
+    pub(super) maximum_packet_size: usize,
+    pub(super) maximum_packet_count: usize,
+    pub(super) maximum_external: (usize, usize),
+    pub(super) transaction_quota: u32,
+    pub(super) batch_budget: u32,
+    pub(super) target_vp: Option<VpIndex>,
+    pub(super) user_data: [u8; 120],
+    pub(super) pipe: bool,
+    pub(super) passive: bool,
+    pub(super) callbacks: Callbacks,
+}
+
+/// What the driver wants to be told.
+#[derive(Clone, Default)]
+pub(super) struct Callbacks {
+    pub(super) process_packet: Option<Arc<ProcessPacket>>,
+    pub(super) processing_complete: Option<Arc<ProcessingComplete>>,
+    pub(super) opened: Option<Arc<Opened>>,
+    pub(super) started: Option<Arc<StateChange>>,
+    pub(super) post_started: Option<Arc<StateChange>>,
+    pub(super) suspend: Option<Arc<StateChange>>,
+    pub(super) closed: Option<Arc<StateChange>>,
+    pub(super) failure: Option<Arc<Failure>>,
+}
+
+/// A setting that cannot work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ConfigError {
+    /// A size or count that must not be zero is zero.
+    Zero(&'static str),
+    /// A pipe message holds at most 16384 bytes.
+    PipePacketSize(usize),
+    /// The outgoing ring cannot hold one packet of the maximum size.
+    RingTooSmall {
+        /// Bytes that the largest packet takes.
+        need: usize,
+        /// The most that a packet may take in the ring.
+        limit: usize,
+    },
+    /// A ring of more pages than one GPADL can describe.
+    RingTooLarge {
+        /// Pages of both rings.
+        pages: usize,
+    },
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Zero(what) => write!(f, "the {what} must not be zero"),
+            Self::PipePacketSize(size) => {
+                write!(f, "pipe messages hold 16384 bytes, not {size}")
+            }
+            Self::RingTooSmall { need, limit } => {
+                write!(
+                    f,
+                    "a packet may take {need} bytes, and the ring takes {limit}"
+                )
+            }
+            Self::RingTooLarge { pages } => {
+                write!(f, "one GPADL cannot describe rings of {pages} pages")
+            }
+        }
+    }
+}
+
+impl core::error::Error for ConfigError {}
+
+impl ChannelBuilder {
+    /// A channel for devices of this interface type, with 4 data pages per ring, packets of up to 1024 bytes, 64 of them
+    /// at a time, and 64 received ones that may wait for their completion.
+    pub fn new(interface: Guid) -> Self {
+        Self {
+            interface,
+            instance: None,
+            friendly_name: crate::protocol::interface::name(&interface).unwrap_or("channel"),
+            incoming_pages: 4,
+            outgoing_pages: 4,
+            maximum_packet_size: 1024,
+            maximum_packet_count: 64,
+            maximum_external: (0, 0),
+            transaction_quota: 64,
+            batch_budget: 64,
+            target_vp: None,
+            user_data: [0; 120],
+            pipe: false,
+            passive: false,
+            callbacks: Callbacks::default(),
+        }
+    }
+
+    /// Takes only the device with this instance GUID. Without it: the first that no other channel has.
+    pub fn instance(mut self, instance: Guid) -> Self {
+        self.instance = Some(instance);
+        self
+    }
+
+    /// The name for logs and counters. Short ones are best: "network", "SCSI".
+    pub fn friendly_name(mut self, name: &'static str) -> Self {
+        self.friendly_name = name;
+        self
+    }
+
+    /// Data pages of the rings, without their control pages.
+    pub fn ring_pages(mut self, incoming: usize, outgoing: usize) -> Self {
+        (self.incoming_pages, self.outgoing_pages) = (incoming, outgoing);
+        self
+    }
+
+    /// The most bytes of data in one sent packet.
+    pub fn maximum_packet_size(mut self, bytes: usize) -> Self {
+        self.maximum_packet_size = bytes;
+        self
+    }
+
+    /// The most packets to send that exist at one time.
+    pub fn maximum_packet_count(mut self, packets: usize) -> Self {
+        self.maximum_packet_count = packets;
+        self
+    }
+
+    /// The most external data of one packet: pages in all, and ranges.
+    pub fn maximum_external_data(mut self, pages: usize, ranges: usize) -> Self {
+        self.maximum_external = (pages, ranges);
+        self
+    }
+
+    /// The most received packets that may be delivered and not yet completed. Can be changed later.
+    pub fn transaction_quota(mut self, packets: u32) -> Self {
+        self.transaction_quota = packets;
+        self
+    }
+
+    /// The most packets that one batch takes from the ring before others have their turn.
+    pub fn batch_budget(mut self, packets: u32) -> Self {
+        self.batch_budget = packets;
+        self
+    }
+
+    /// The VP that takes the channel's interrupts. Without it: the one that connected.
+    pub fn target_vp(mut self, vp: VpIndex) -> Self {
+        self.target_vp = Some(vp);
+        self
+    }
+
+    /// What the device wants to be told when the channel is opened; zeros without it.
+    pub fn user_data(mut self, data: [u8; 120]) -> Self {
+        self.user_data = data;
+        self
+    }
+
+    /// Messages have a pipe header; no transactions, no external data.
+    pub fn pipe(mut self) -> Self {
+        self.pipe = true;
+        self
+    }
+
+    /// Packets are delivered at PASSIVE only. Can be changed later.
+    pub fn incoming_processing_at_passive(mut self) -> Self {
+        self.passive = true;
+        self
+    }
+
+    /// Sets what runs for every received packet, and what runs every time the incoming ring has gone
+    /// from non-empty to empty, or delivery pauses for another reason, with the number of packets delivered
+    /// since the last time; never with none (spec kmcl.md 6.1, 2 and 3).
+    ///
+    /// Both run at DISPATCH or at PASSIVE, one after the other, never two at once. The first packets may come before
+    /// [`post_started`](Self::post_started). Without this call packets are completed unseen.
+    pub fn process_packet_callbacks(
+        mut self,
+        process_packet: impl Fn(&Channel, ReceivedPacket<'_>) + Send + Sync + 'static,
+        processing_complete: impl Fn(&Channel, u32) + Send + Sync + 'static,
+    ) -> Self {
+        self.callbacks.process_packet = Some(Arc::new(process_packet));
+        self.callbacks.processing_complete = Some(Arc::new(processing_complete));
+        self
+    }
+
+    /// Runs at PASSIVE when the host has opened the channel, before anything flows. Packets sent here wait.
+    /// After an error the channel is closed again.
+    pub fn opened(
+        mut self,
+        callback: impl Fn(&Channel) -> Result<(), Refused> + Send + Sync + 'static,
+    ) -> Self {
+        self.callbacks.opened = Some(Arc::new(callback));
+        self
+    }
+
+    /// Runs at PASSIVE before delivery begins.
+    pub fn started(mut self, callback: impl Fn(&Channel) + Send + Sync + 'static) -> Self {
+        self.callbacks.started = Some(Arc::new(callback));
+        self
+    }
+
+    /// Runs at PASSIVE when packets flow: the place to begin a device's protocol.
+    pub fn post_started(mut self, callback: impl Fn(&Channel) + Send + Sync + 'static) -> Self {
+        self.callbacks.post_started = Some(Arc::new(callback));
+        self
+    }
+
+    /// Runs at PASSIVE when the channel stops: no packet is being delivered or will be. The driver
+    /// now completes what it holds; the channel closes when it has.
+    pub fn suspend(mut self, callback: impl Fn(&Channel) + Send + Sync + 'static) -> Self {
+        self.callbacks.suspend = Some(Arc::new(callback));
+        self
+    }
+
+    /// Runs at PASSIVE when the channel has been closed.
+    pub fn closed(mut self, callback: impl Fn(&Channel) + Send + Sync + 'static) -> Self {
+        self.callbacks.closed = Some(Arc::new(callback));
+        self
+    }
+
+    /// Runs at PASSIVE, last of all, when the channel has ended or never opened because something was wrong.
+    pub fn failure(
+        mut self,
+        callback: impl Fn(&Channel, ChannelError) + Send + Sync + 'static,
+    ) -> Self {
+        self.callbacks.failure = Some(Arc::new(callback));
+        self
+    }
+
+    /// Enables the channel: opens a matching offer, now or when it comes. Returns at once; called at PASSIVE.
+    pub fn enable(&self, client: &Client) -> Result<EnabledChannel, ConfigError> {
+        self.check()?;
+        Ok(client.enable(self))
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        for (value, what) in [
+            (self.incoming_pages, "incoming ring page count"),
+            (self.outgoing_pages, "outgoing ring page count"),
+            (self.maximum_packet_size, "maximum packet size"),
+            (self.maximum_packet_count, "maximum packet count"),
+            (self.transaction_quota as usize, "transaction quota"),
+            (self.batch_budget as usize, "batch budget"),
+        ] {
+            if value == 0 {
+                return Err(ConfigError::Zero(what));
+            }
+        }
+        if self.pipe && self.maximum_packet_size > pipe::MAX_DATA {
+            return Err(ConfigError::PipePacketSize(self.maximum_packet_size));
+        }
+        // One GPADL of one range describes both rings.
+        let pages = self
+            .incoming_pages
+            .saturating_add(self.outgoing_pages)
+            .saturating_add(2);
+        if pages > crate::bus::MAX_PAGES {
+            return Err(ConfigError::RingTooLarge { pages });
+        }
+        let limit = largest_packet(self.outgoing_pages * PAGE_SIZE) as usize;
+        let need = self.largest_packet();
+        if need > limit {
+            return Err(ConfigError::RingTooSmall { need, limit });
+        }
+        Ok(())
+    }
+
+    /// Bytes in the ring of the largest packet that this configuration allows.
+    fn largest_packet(&self) -> usize {
+        let header = if self.pipe { pipe::HEADER } else { 0 };
+        let (pages, ranges) = self.maximum_external;
+        let external = pages.saturating_add(ranges).saturating_mul(8);
+        // Descriptor, range header, footer.
+        32usize
+            .saturating_add(header)
+            .saturating_add(external)
+            .saturating_add(self.maximum_packet_size.saturating_add(7) & !7)
+    }
+}
+
+impl fmt::Debug for ChannelBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ChannelBuilder")
+            .field("friendly_name", &self.friendly_name)
+            .field("interface", &self.interface)
+            .field("instance", &self.instance)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,251 @@
+//! The library as a whole: the channels of one VMBus, and the way from an interrupt to a channel.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::fmt;
+use core::future::poll_fn;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::task::{Poll, Waker};
+
+use spin::{Mutex, Once};
+
+use super::builder::ChannelBuilder;
+use super::channel::{Channel, EnabledChannel, Shared};
+use crate::hypervisor::{Hypervisor, Level};
+use crate::ids::{ChannelId, VpIndex};
+use crate::shared::SharedPages;
+use crate::sync::DispatchLock;
+
+/// The client interface of the library: what a driver is given to enable its channels on. Clones are the same.
+#[derive(Clone)]
+pub struct Client(Arc<Inner>);
+
+/// Channel numbers that share one piece of the table.
+const CHUNK: usize = 64;
+/// Pieces of the table: 2048 numbers in all.
+const CHUNKS: usize = (ChannelId::MAX as usize + 1) / CHUNK;
+
+/// A place in the table. Its lock is held for the time of a clone, and no two channels share it.
+type Slot = DispatchLock<Option<Arc<Shared>>>;
+
+/// The library itself.
+pub(crate) struct Inner {
+    pub(crate) hypervisor: Arc<dyn Hypervisor>,
+    /// Open channels by number. Pieces come into being as numbers are used.
+    table: [Once<Box<[Slot; CHUNK]>>; CHUNKS],
+    /// Channels that want the dispatcher at PASSIVE: one bit each.
+    deferred: [AtomicU64; CHUNKS],
+    /// Whether some channel wants its state looked at.
+    attention: AtomicBool,
+    /// Every channel that is not Disabled. PASSIVE only.
+    pub(crate) channels: Mutex<Vec<Channel>>,
+    /// Memory that the host may still touch although nobody uses it. PASSIVE only.
+    pub(crate) kept: Mutex<Vec<SharedPages>>,
+    /// Counts what async code may wait for.
+    changes: AtomicU64,
+    wakers: DispatchLock<Vec<Waker>>,
+    /// Where channels without a target VP of their own are served.
+    pub(crate) default_vp: VpIndex,
+}
+
+impl Client {
+    pub(crate) fn new(hypervisor: Arc<dyn Hypervisor>, default_vp: VpIndex) -> Self {
+        Self(Arc::new(Inner {
+            hypervisor,
+            table: [const { Once::new() }; CHUNKS],
+            deferred: [const { AtomicU64::new(0) }; CHUNKS],
+            attention: AtomicBool::new(false),
+            channels: Mutex::new(Vec::new()),
+            kept: Mutex::new(Vec::new()),
+            changes: AtomicU64::new(0),
+            wakers: DispatchLock::new(Vec::new()),
+            default_vp,
+        }))
+    }
+
+    pub(super) fn from_inner(inner: Arc<Inner>) -> Self {
+        Self(inner)
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
+    pub(super) fn enable(&self, config: &ChannelBuilder) -> EnabledChannel {
+        let shared = Arc::new(Shared::new(self.0.clone(), config.clone()));
+        let channel = Channel::from_shared(shared);
+        self.0.channels.lock().push(channel.clone());
+        self.0.request_attention();
+        EnabledChannel::new(channel)
+    }
+
+    /// Partition reference time in units of 100 ns.
+    pub fn now(&self) -> u64 {
+        self.0.hypervisor.reference_time()
+    }
+
+    /// Tells async code that waits in [`changed`](Self::changed) that there is something new. At DISPATCH or PASSIVE.
+    pub fn notify(&self) {
+        self.0.notify();
+    }
+
+    /// A number that grows with every change: of the connection, of an offer, of a channel's state, and with
+    /// every [`notify`](Self::notify).
+    pub fn changes(&self) -> u64 {
+        self.0.changes.load(Ordering::SeqCst)
+    }
+
+    /// Waits until [`changes`](Self::changes) is no longer `seen`, and returns it.
+    pub async fn changed(&self, seen: u64) -> u64 {
+        poll_fn(|context| {
+            let now = self.changes();
+            if now != seen {
+                return Poll::Ready(now);
+            }
+            self.0.register(context.waker());
+            // What came before the registration woke nobody.
+            let now = self.changes();
+            if now == seen {
+                Poll::Pending
+            } else {
+                Poll::Ready(now)
+            }
+        })
+        .await
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("kmcl::Client")
+    }
+}
+
+impl Inner {
+    fn slot(&self, id: ChannelId) -> Option<&Slot> {
+        let index = id.index()?;
+        self.table.get(index / CHUNK)?.get()?.get(index % CHUNK)
+    }
+
+    /// Makes a channel findable by its number. At PASSIVE.
+    pub(super) fn install(&self, id: ChannelId, channel: &Channel) {
+        let chunk = id.index().and_then(|index| self.table.get(index / CHUNK));
+        if let Some(chunk) = chunk {
+            chunk.call_once(|| Box::new([const { DispatchLock::new(None) }; CHUNK]));
+        }
+        if let Some(slot) = self.slot(id) {
+            *slot.lock(&*self.hypervisor) = Some(channel.shared().clone());
+        }
+    }
+
+    /// Takes a channel out of the table. At PASSIVE.
+    pub(super) fn uninstall(&self, id: ChannelId) {
+        if let Some(slot) = self.slot(id) {
+            let gone = slot.lock(&*self.hypervisor).take();
+            // Dropped here, where the lock is open and the level is what it was.
+            drop(gone);
+        }
+    }
+
+    fn find(&self, id: ChannelId) -> Option<Channel> {
+        let shared = self.slot(id)?.lock(&*self.hypervisor).clone()?;
+        Some(Channel::from_shared(shared))
+    }
+
+    /// Serves the interrupt of a channel. Returns whether there is such a channel.
+    pub(crate) fn on_event(&self, id: ChannelId) -> bool {
+        match self.find(id) {
+            Some(channel) => {
+                channel.dispatch(Level::Dispatch);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Has the dispatcher run for a channel at PASSIVE.
+    pub(super) fn defer(&self, id: ChannelId) {
+        let word = id.index().and_then(|index| self.deferred.get(index / 64));
+        if let Some(word) = word {
+            word.fetch_or(1 << (id.0 % 64), Ordering::SeqCst);
+            self.request_work();
+        }
+    }
+
+    /// Runs the dispatcher once for every channel that was deferred. At PASSIVE.
+    pub(crate) fn run_deferred(&self) {
+        for (word, base) in self.deferred.iter().zip((0u32..).step_by(64)) {
+            if word.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            let mut bits = word.swap(0, Ordering::SeqCst);
+            while bits != 0 {
+                let bit = bits.trailing_zeros();
+                bits &= bits - 1;
+                if let Some(channel) = self.find(ChannelId(base + bit)) {
+                    channel.dispatch(Level::Passive);
+                }
+            }
+        }
+    }
+
+    pub(super) fn request_work(&self) {
+        self.hypervisor.request_work();
+    }
+
+    /// Has the state of every channel looked at.
+    pub(super) fn request_attention(&self) {
+        self.attention.store(true, Ordering::SeqCst);
+        self.request_work();
+    }
+
+    /// Whether that was asked for since the last call.
+    pub(crate) fn take_attention(&self) -> bool {
+        self.attention.swap(false, Ordering::SeqCst)
+    }
+
+    pub(crate) fn notify(&self) {
+        self.changes.fetch_add(1, Ordering::SeqCst);
+        self.request_work();
+    }
+
+    pub(crate) fn register(&self, waker: &Waker) {
+        let mut wakers = self.wakers.lock(&*self.hypervisor);
+        if !wakers.iter().any(|known| known.will_wake(waker)) {
+            wakers.push(waker.clone());
+        }
+    }
+
+    /// Wakes all who wait for a change. At PASSIVE.
+    pub(crate) fn wake(&self) {
+        loop {
+            let waker = self.wakers.lock(&*self.hypervisor).pop();
+            match waker {
+                Some(waker) => waker.wake(),
+                None => return,
+            }
+        }
+    }
+
+    /// The earliest time at which a ring has to be looked at without a signal.
+    pub(crate) fn poll_deadline(&self) -> Option<u64> {
+        let channels = self.channels.lock();
+        channels
+            .iter()
+            .map(|channel| channel.shared().poll_at.load(Ordering::Relaxed))
+            .min()
+            .filter(|&at| at != u64::MAX)
+    }
+
+    /// Defers every channel whose ring has to be looked at by now.
+    pub(crate) fn poll_rings(&self, now: u64) {
+        for channel in self.channels.lock().iter() {
+            let shared = channel.shared();
+            if shared.poll_at.load(Ordering::Relaxed) <= now {
+                shared.poll_at.store(u64::MAX, Ordering::Relaxed);
+                shared.defer();
+            }
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! What a channel counts.
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+/// Declares the counters twice: live, and as read.
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)+) => {
+        /// The counters of a channel since it was enabled.
+        #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+        pub struct Counters {
+            $($(#[$doc])* pub $name: u64,)+
+        }
+
+        /// Counters that are being counted.
+        #[derive(Default)]
+        pub(crate) struct Live {
+            $(pub(super) $name: Count,)+
+        }
+
+        impl Live {
+            pub(crate) fn read(&self) -> Counters {
+                Counters { $($name: self.$name.0.load(Ordering::Relaxed),)+ }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Data packets delivered to the driver.
+    packets_received,
+    /// Completions that the host sent for packets of ours.
+    completions_received,
+    /// Batches of the dispatcher in which something was there.
+    batches,
+    /// Packets written to the ring, completions of ours included.
+    packets_sent,
+    /// Signals to the host.
+    signals_sent,
+    /// Writes to the ring after which no signal was due.
+    signals_suppressed,
+    /// Packets that the driver deferred to PASSIVE.
+    deferrals,
+    /// Batches that ended because the driver holds as many packets as its quota allows.
+    quota_stops,
+    /// Batches that ended because their budget was spent.
+    budget_stops,
+    /// Times that a packet had to wait because the ring was full.
+    ring_full_waits,
+    /// Interrupts that found nothing to do.
+    spurious_events,
+    /// Completions whose transaction id belongs to no packet of ours; they are dropped.
+    unknown_completions,
+    /// Received packets that the driver dropped without completing them: bugs of the driver.
+    uncompleted_drops,
+}
+
+/// One counter.
+#[derive(Default)]
+pub(crate) struct Count(AtomicU64);
+
+impl Count {
+    pub(super) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,32 @@
+//! Channels with the programming model of the Kernel Mode Client Library.
+//!
+//! A driver describes a channel with a [`ChannelBuilder`] (KMCL's Disabled state), enables it, and from then on its
+//! callbacks run: state changes at PASSIVE, packets at DISPATCH, in the very interrupt handler, or
+//! at PASSIVE when it asks for that (spec kmcl.md). This is all that a driver sees of VMBus.
+
+mod builder;
+mod channel;
+mod client;
+mod counters;
+mod dispatcher;
+mod error;
+mod incoming;
+mod lifecycle;
+mod outgoing;
+mod pipe;
+
+pub use builder::{ChannelBuilder, ConfigError};
+pub use channel::{Channel, EnabledChannel, State};
+pub use client::Client;
+pub use counters::Counters;
+pub use error::{AllocateError, ChannelError, PacketError, Refused, SendError, SendFailure};
+pub use incoming::{IncomingPacket, ReceivedPacket};
+pub use outgoing::{CompletionRoutine, ExternalData, MessageError, OutgoingPacket};
+
+pub use crate::hypervisor::Level;
+pub use crate::ids::{PAGE_SIZE, PageNumber, VpIndex};
+pub use crate::protocol::{Guid, interface};
+pub use crate::ring::{TransferPageRange, TransferPages};
+pub use crate::shared::SharedPages;
+
+pub(crate) use client::Inner;
