@@ -17,8 +17,7 @@
 //!
 //! * long mode, paging on with NXE and CR0.WP set, interrupts off, direction flag clear;
 //! * each `PT_LOAD` segment mapped at its `p_vaddr`, with the rights of its flags and none
-//!   besides (W^X), `.bss` cleared. The physical pages behind it may lie anywhere and need not
-//!   be contiguous;
+//!   besides (W^X), `.bss` cleared. Each segment lies in one piece, anywhere in physical memory;
 //! * all physical memory mapped, writable and not executable, at
 //!   [`BootInfo::physical_memory_offset`](bootloader_api::BootInfo::physical_memory_offset);
 //! * a stack of at least the size that the kernel's `.bootloader-config` section asks for,
