@@ -131,7 +131,11 @@ mod tests {
             descriptor(MemoryType::BOOT_SERVICES_CODE, 0x9000, 1),
             descriptor(MemoryType::RUNTIME_SERVICES_DATA, 0xA000, 1),
         ];
-        let regions: Vec<_> = regions(map.iter(), &[0x5000..0x6000]).collect();
+        let in_use = vec![Range {
+            start: 0x5000,
+            end: 0x6000,
+        }];
+        let regions: Vec<_> = regions(map.iter(), &in_use).collect();
         assert_eq!(
             regions,
             [

@@ -18,14 +18,21 @@
 //! * long mode, paging on with NXE and CR0.WP set, interrupts off, direction flag clear;
 //! * each `PT_LOAD` segment mapped at its `p_vaddr`, with the rights of its flags and none
 //!   besides (W^X), `.bss` cleared. Each segment lies in one piece, anywhere in physical memory;
+//!   `kernel_addr` and `kernel_len` name the physical range that holds them all;
 //! * all physical memory mapped, writable and not executable, at
-//!   [`BootInfo::physical_memory_offset`](bootloader_api::BootInfo::physical_memory_offset);
+//!   [`BootInfo::physical_memory_offset`](bootloader_api::BootInfo::physical_memory_offset), and
+//!   the first 4 GiB whatever is there, devices not cached;
 //! * a stack of at least the size that the kernel's `.bootloader-config` section asks for,
 //!   16-byte aligned at the point of a call;
 //! * the regions of the memory map sorted by address and disjoint; what holds the kernel, the
 //!   loader's page tables, its stack, the `BootInfo` and the command line is marked
 //!   [`MemoryRegionKind::Bootloader`](bootloader_api::info::MemoryRegionKind::Bootloader).
 //!   The kernel never hands those out before it has copied or replaced what it needs.
+//!
+//! What the kernel must not count on: the descriptor tables in GDTR and IDTR are whatever the loader
+//! had and need not be mapped, so it loads its own before it loads a segment register or lets
+//! anything trap. A page or two of the loader's code may be mapped, executable, in the lower half; they
+//! are marked `Bootloader` too, and go with the loader's page tables.
 //!
 //! `bootloader_api` has no place for a command line, so it travels beside the `BootInfo` in
 //! the two registers that follow.

@@ -121,7 +121,7 @@ fn impossible_addresses_are_refused() {
         memory(0, 0, 0x800),
         memory(0x7FFF_FFFF_F000, 0, 2 * PAGE_SIZE),
         memory(0x8000_0000_0000, 0, PAGE_SIZE),
-        memory(0, 0, u64::MAX & !(PAGE_SIZE - 1)),
+        memory(0, 0, !(PAGE_SIZE - 1)),
         memory(u64::MAX - 4095, 0, 2 * PAGE_SIZE),
         memory(0, 1 << 52, PAGE_SIZE),
     ] {
