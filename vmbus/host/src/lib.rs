@@ -1,2 +1,12 @@
-//! To come.
+//! The host's end of VMBus.
+//!
+//! It shares wire types, rings and shared memory with the guest's stack and nothing else:
+//! a fault in the guest's state machines cannot hide behind the same fault here. It does no
+//! I/O: tests run it in their own process, a test machine behind a real hypercall.
+
 #![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod bus;

@@ -1,0 +1,842 @@
+//! The bus server: takes the guest's messages, keeps offers, GPADLs and open channels, and makes the replies.
+//!
+//! It does no I/O. Whoever owns a [`Server`] gives it what the guest posts ([`post`](Server::post)), lets it
+//! [`run`](Server::run), delivers what [`poll_message`](Server::poll_message) returns and handles what
+//! [`poll_event`](Server::poll_event) returns. Times are in units of 100 ns. How it behaves where hosts differ is a
+//! matter of its [`Profile`]; what goes wrong can be chosen with [`inject`](Server::inject) and [`Refusals`].
+//!
+//! What a host would drop without a word is told to the owner as [`Event::Dropped`]: a
+//! guest in good order never causes one.
+
+mod gpadl;
+mod line;
+mod profile;
+
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::vec::Vec;
+
+use vmbus::ids::{ChannelId, ConnectionId, GpadlHandle, PageNumber, VpIndex};
+use vmbus::protocol::message::{
+    AllOffersDelivered, CloseChannel, GpadlBody, GpadlCreated, GpadlHeader, GpadlTeardown,
+    GpadlTorndown, InitiateContact, ModifyChannel, ModifyChannelResponse, OfferChannel,
+    OpenChannel, OpenChannelResult, RelidReleased, RescindChannelOffer, ResponseFeatures,
+    UnloadComplete, VersionResponse,
+};
+use vmbus::protocol::sizes::{Direction, MessageInfo};
+use vmbus::protocol::{
+    Body, ConnectionState, FeatureFlags, Guid, Header, LEGACY_CONNECTION, MULTICLIENT_CONNECTION,
+    MessageType, OfferFlags, Payload, SINT, Status, Version,
+};
+use zerocopy::little_endian::{U16, U32};
+use zerocopy::{FromBytes, IntoBytes};
+
+pub use gpadl::Range;
+pub use line::{Fault, Rule};
+pub use profile::{GpadlRule, OfferOrder, Profile, Versions};
+
+use gpadl::{Gpadl, Progress};
+use line::Line;
+
+/// The status of a hypercall (spec tlfs.md 3.3).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HvStatus(pub u16);
+
+impl HvStatus {
+    /// Done.
+    pub const SUCCESS: Self = Self(0x00);
+    /// The input makes no sense.
+    pub const INVALID_HYPERCALL_INPUT: Self = Self(0x03);
+    /// There is no such connection.
+    pub const INVALID_CONNECTION_ID: Self = Self(0x12);
+    /// The host is busy: try again.
+    pub const INSUFFICIENT_BUFFERS: Self = Self(0x13);
+}
+
+/// A device's channel, as the server offers it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Device {
+    /// What kind of device it is.
+    pub interface: Guid,
+    /// Which device it is.
+    pub instance: Guid,
+    /// 0 for a primary channel, 1.. for sub-channels.
+    pub sub_channel_index: u16,
+    /// What else the offer says.
+    pub flags: OfferFlags,
+    /// MMIO space that the device needs, in MiB.
+    pub mmio_megabytes: u16,
+    /// Defined by the device.
+    pub user_data: [u8; 120],
+    /// Its bit in the monitor page, if it wants one and the host and the guest have such pages.
+    pub monitor_id: Option<u8>,
+    /// Offered only when all others have been, as Hyper-V may do with integration components.
+    pub late: bool,
+}
+
+impl Device {
+    /// A device with one channel and nothing special.
+    pub const fn new(interface: Guid, instance: Guid) -> Self {
+        Self {
+            interface,
+            instance,
+            sub_channel_index: 0,
+            flags: OfferFlags::ENUMERATE_DEVICE_INTERFACE,
+            mmio_megabytes: 0,
+            user_data: [0; 120],
+            monitor_id: None,
+            late: false,
+        }
+    }
+}
+
+/// A message to deliver to the guest, with type 1.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Message {
+    /// To which VP.
+    pub vp: VpIndex,
+    /// On which synthetic interrupt source.
+    pub sint: u8,
+    /// What.
+    pub payload: Vec<u8>,
+}
+
+/// Something that the server's owner should know.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Event {
+    /// The guest has connected, with this version.
+    Connected(Version),
+    /// The guest has unloaded or made contact anew: every channel is closed and every GPADL gone.
+    Disconnected,
+    /// The guest wants to open a channel: answer with [`Server::finish_open`].
+    Opening(Opening),
+    /// The guest has closed a channel, or the connection ended.
+    Closed(ChannelId),
+    /// The guest wants a channel's interrupts on this VP.
+    TargetVp {
+        /// The channel.
+        channel: ChannelId,
+        /// The VP.
+        target_vp: VpIndex,
+    },
+    /// A GPADL exists.
+    GpadlCreated(GpadlHandle),
+    /// A GPADL is gone.
+    GpadlTornDown(GpadlHandle),
+    /// The guest gave a rescinded channel's number back.
+    Released(ChannelId),
+    /// The guest sent something that hosts drop or refuse.
+    Dropped {
+        /// The message.
+        message: MessageType,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+}
+
+/// How the guest wants to open a channel.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Opening {
+    /// The channel.
+    pub channel: ChannelId,
+    /// The GPADL of both rings.
+    pub ring: GpadlHandle,
+    /// The pages of both rings; guest-to-host first.
+    pub pages: Vec<PageNumber>,
+    /// Where the host-to-guest ring begins, in pages.
+    pub downstream_page: u32,
+    /// The VP to interrupt.
+    pub target_vp: VpIndex,
+    /// The event flag to set on that VP.
+    pub event_flag: u16,
+    /// The event connection that the guest signals.
+    pub connection: ConnectionId,
+    /// Defined by the device.
+    pub user_data: [u8; 120],
+}
+
+/// What the server refuses, though it could do it.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Refusals {
+    /// Connections fail with this state.
+    pub contact: Option<ConnectionState>,
+    /// GPADLs fail with this status.
+    pub gpadls: Option<Status>,
+    /// MODIFY_CHANNEL fails with this status.
+    pub modify: Option<Status>,
+}
+
+/// The host's end of the bus.
+#[derive(Debug)]
+pub struct Server {
+    profile: Profile,
+    /// What is refused from now on. Opening is refused with [`Server::finish_open`].
+    pub refusals: Refusals,
+    connection: Option<Connection>,
+    channels: BTreeMap<ChannelId, Channel>,
+    gpadls: BTreeMap<GpadlHandle, Gpadl>,
+    inbox: Line<Incoming>,
+    outbox: Line<Message>,
+    events: VecDeque<Event>,
+    now: u64,
+}
+
+#[derive(Clone, Debug)]
+struct Incoming {
+    connection: ConnectionId,
+    payload: Vec<u8>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Connection {
+    version: Version,
+    features: FeatureFlags,
+    /// Where the guest's messages come from now.
+    messages: ConnectionId,
+    /// Where the host's messages go.
+    vp: VpIndex,
+    monitor_pages: bool,
+    offers_requested: bool,
+}
+
+#[derive(Debug)]
+struct Channel {
+    device: Device,
+    state: ChannelState,
+    rescinded: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum ChannelState {
+    Closed,
+    Opening { open_id: u32, ring: GpadlHandle },
+    Open { ring: GpadlHandle },
+}
+
+impl ChannelState {
+    fn ring(self) -> Option<GpadlHandle> {
+        match self {
+            Self::Closed => None,
+            Self::Opening { ring, .. } | Self::Open { ring } => Some(ring),
+        }
+    }
+}
+
+impl Server {
+    /// A server without devices and without a guest.
+    pub const fn new(profile: Profile) -> Self {
+        Self {
+            profile,
+            refusals: Refusals {
+                contact: None,
+                gpadls: None,
+                modify: None,
+            },
+            connection: None,
+            channels: BTreeMap::new(),
+            gpadls: BTreeMap::new(),
+            inbox: Line::new(),
+            outbox: Line::new(),
+            events: VecDeque::new(),
+            now: 0,
+        }
+    }
+
+    /// How the server behaves.
+    pub const fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    /// Makes something go wrong with messages from now on.
+    pub fn inject(&mut self, rule: Rule) {
+        let direction = rule
+            .kind
+            .and_then(MessageInfo::of)
+            .map(|info| info.direction);
+        if direction != Some(Direction::ToGuest) {
+            self.inbox.inject(rule);
+        }
+        if direction != Some(Direction::ToHost) {
+            self.outbox.inject(rule);
+        }
+    }
+
+    /// Adds a device's channel and offers it to a guest that has asked for offers. `None` when no
+    /// channel number is free.
+    pub fn add(&mut self, device: Device) -> Option<ChannelId> {
+        let mut ids = (1..=ChannelId::MAX).map(ChannelId);
+        let id = ids.find(|id| !self.channels.contains_key(id))?;
+        let channel = Channel {
+            device,
+            state: ChannelState::Closed,
+            rescinded: false,
+        };
+        self.channels.insert(id, channel);
+        if self
+            .connection
+            .is_some_and(|connection| connection.offers_requested)
+        {
+            self.offer(id);
+        }
+        Some(id)
+    }
+
+    /// Takes a channel back. Returns whether there is such a channel.
+    pub fn rescind(&mut self, id: ChannelId) -> bool {
+        let Some(channel) = self
+            .channels
+            .get_mut(&id)
+            .filter(|channel| !channel.rescinded)
+        else {
+            return false;
+        };
+        if !self
+            .connection
+            .is_some_and(|connection| connection.offers_requested)
+        {
+            self.channels.remove(&id);
+            return true;
+        }
+        channel.rescinded = true;
+        if let ChannelState::Opening { .. } = channel.state {
+            channel.state = ChannelState::Closed;
+            self.events.push_back(Event::Closed(id));
+        }
+        let incomplete = |gpadl: &Gpadl| gpadl.channel == id && gpadl.ranges().is_none();
+        self.gpadls.retain(|_, gpadl| !incomplete(gpadl));
+        self.send(&RescindChannelOffer {
+            channel: U32::new(id.0),
+        });
+        true
+    }
+
+    /// Answers [`Event::Opening`]. Does nothing when the guest no longer waits for it.
+    pub fn finish_open(&mut self, id: ChannelId, status: Status) {
+        let Some(channel) = self
+            .channels
+            .get_mut(&id)
+            .filter(|channel| !channel.rescinded)
+        else {
+            return;
+        };
+        let ChannelState::Opening { open_id, ring } = channel.state else {
+            return;
+        };
+        channel.state = if status.is_success() {
+            ChannelState::Open { ring }
+        } else {
+            ChannelState::Closed
+        };
+        self.send(&OpenChannelResult {
+            channel: U32::new(id.0),
+            open_id: U32::new(open_id),
+            status: U32::new(status.0),
+        });
+        self.finish_teardowns();
+    }
+
+    /// The ranges of a GPADL that exists.
+    pub fn gpadl(&self, handle: GpadlHandle) -> Option<&[Range]> {
+        self.gpadls.get(&handle)?.ranges()
+    }
+
+    /// How many GPADLs exist, incomplete ones included.
+    pub fn gpadl_count(&self) -> usize {
+        self.gpadls.len()
+    }
+
+    /// The version that the guest is connected with.
+    pub fn version(&self) -> Option<Version> {
+        Some(self.connection?.version)
+    }
+
+    /// Whether a channel is open.
+    pub fn is_open(&self, id: ChannelId) -> bool {
+        let channel = self.channels.get(&id);
+        channel.is_some_and(|channel| matches!(channel.state, ChannelState::Open { .. }))
+    }
+
+    /// The event connection on which the guest signals a channel.
+    pub const fn event_connection(&self, id: ChannelId) -> ConnectionId {
+        ConnectionId(self.profile.event_connections.wrapping_add(id.0))
+    }
+
+    /// Takes a message that the guest posts; the status is that of the hypercall.
+    pub fn post(&mut self, now: u64, connection: ConnectionId, payload: &[u8]) -> HvStatus {
+        let known = connection == LEGACY_CONNECTION
+            || self.profile.multiclient && connection == MULTICLIENT_CONNECTION
+            || self
+                .connection
+                .is_some_and(|live| live.messages == connection);
+        if !known {
+            return HvStatus::INVALID_CONNECTION_ID;
+        }
+        if self.inbox.len() >= self.profile.inbox {
+            return HvStatus::INSUFFICIENT_BUFFERS;
+        }
+        let kind = Header::type_of(payload).unwrap_or(MessageType(0));
+        if self.profile.refuses_new_messages && kind >= MessageType::OPEN_RESERVED_CHANNEL {
+            self.drop(kind, "the host does not know this type");
+            return HvStatus::INVALID_HYPERCALL_INPUT;
+        }
+        let message = Incoming {
+            connection,
+            payload: payload.into(),
+        };
+        self.inbox.push(now, kind, message);
+        HvStatus::SUCCESS
+    }
+
+    /// Handles the messages that have arrived by now.
+    pub fn run(&mut self, now: u64) {
+        self.now = now;
+        while let Some(message) = self.inbox.pop(now) {
+            if let Err((kind, reason)) = self.handle(&message) {
+                self.drop(kind, reason);
+            }
+        }
+    }
+
+    /// The next message to deliver to the guest.
+    pub fn poll_message(&mut self, now: u64) -> Option<Message> {
+        self.outbox.pop(now)
+    }
+
+    /// When [`run`](Self::run) or [`poll_message`](Self::poll_message) has something to do.
+    pub fn deadline(&self) -> Option<u64> {
+        let (inbox, outbox) = (self.inbox.deadline(), self.outbox.deadline());
+        inbox.into_iter().chain(outbox).min()
+    }
+
+    /// The next event to handle.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    fn drop(&mut self, message: MessageType, reason: &'static str) {
+        self.events.push_back(Event::Dropped { message, reason });
+    }
+
+    fn send<B: Body>(&mut self, body: &B) {
+        self.send_bytes(B::TYPE, &Payload::new(body));
+    }
+
+    fn send_bytes(&mut self, kind: MessageType, bytes: &[u8]) {
+        let mut payload = Vec::from(bytes);
+        // What a host does not clear is whatever was there before.
+        payload.resize(bytes.len().next_multiple_of(self.profile.padding), 0xA5);
+        let vp = self
+            .connection
+            .map_or(VpIndex(0), |connection| connection.vp);
+        let message = Message {
+            vp,
+            sint: SINT,
+            payload,
+        };
+        self.outbox.push(self.now, kind, message);
+    }
+
+    fn handle(&mut self, message: &Incoming) -> Result<(), (MessageType, &'static str)> {
+        let Incoming {
+            connection: from,
+            payload,
+        } = message;
+        let kind = Header::type_of(payload).ok_or((MessageType(0), "no header"))?;
+        let with = |reason| (kind, reason);
+        if let MessageType::INITIATE_CONTACT = kind {
+            return self.contact(*from, payload).map_err(with);
+        }
+        let Some(connection) = self.connection else {
+            return Err(with("not connected"));
+        };
+        if self.profile.only_named_connection && *from != connection.messages {
+            return Err(with("on the wrong connection"));
+        }
+        let info = MessageInfo::of(kind).filter(|info| info.direction == Direction::ToHost);
+        let info = info.ok_or(with("not for a host"))?;
+        match info.size(connection.version, connection.features) {
+            None => return Err(with("not of this version")),
+            Some(size) if payload.len() < size => return Err(with("too short")),
+            Some(_) => {}
+        }
+        match kind {
+            MessageType::REQUEST_OFFERS => self.request_offers(),
+            MessageType::GPADL_HEADER => self.gpadl_header(body(payload)?),
+            MessageType::GPADL_BODY => self.gpadl_body(body(payload)?),
+            MessageType::GPADL_TEARDOWN => self.gpadl_teardown(body(payload)?.0),
+            MessageType::OPEN_CHANNEL => self.open(body(payload)?.0),
+            MessageType::CLOSE_CHANNEL => self.close(body(payload)?.0),
+            MessageType::RELID_RELEASED => self.released(body(payload)?.0),
+            MessageType::MODIFY_CHANNEL => self.modify(body(payload)?.0),
+            MessageType::UNLOAD => {
+                self.disconnect();
+                self.send(&UnloadComplete {});
+                self.connection = None;
+                Ok(())
+            }
+            _ => Err("not handled"),
+        }
+        .map_err(with)
+    }
+
+    /// Closes every channel and forgets every GPADL and every rescinded channel.
+    fn disconnect(&mut self) {
+        for (id, channel) in &mut self.channels {
+            if channel.state != ChannelState::Closed {
+                channel.state = ChannelState::Closed;
+                self.events.push_back(Event::Closed(*id));
+            }
+        }
+        self.channels.retain(|_, channel| !channel.rescinded);
+        self.gpadls.clear();
+        self.events.push_back(Event::Disconnected);
+    }
+
+    fn contact(&mut self, from: ConnectionId, payload: &[u8]) -> Result<(), &'static str> {
+        let (contact, rest) = InitiateContact::parse(payload).ok_or("too short")?;
+        let version = Version(contact.version.get());
+        if self.profile.checks_target && from == MULTICLIENT_CONNECTION {
+            if version >= Version::V5_0 && contact.target.sint != SINT {
+                return Err("SINT 2 is not the target");
+            }
+            if version >= Version::V5_1 && contact.target.vtl != 0 {
+                return Err("VTL 0 is not the target");
+            }
+        }
+        let asked = if version >= Version::V6_0 {
+            FeatureFlags(contact.target.features.get())
+        } else {
+            FeatureFlags::NONE
+        };
+        if asked.contains(FeatureFlags::CLIENT_ID) && Guid::read_from_prefix(rest).is_err() {
+            return Err("the client id is missing");
+        }
+        if self.connection.is_some() {
+            self.disconnect();
+        }
+        self.connection = None;
+        let monitors = (
+            contact.parent_to_child_monitor.get() != 0,
+            contact.child_to_parent_monitor.get() != 0,
+        );
+        let supported = self.profile.versions.contain(version);
+        let state = match self.refusals.contact {
+            Some(state) => state,
+            None if monitors.0 != monitors.1 => ConnectionState::UNKNOWN_FAILURE,
+            None => ConnectionState::SUCCESS,
+        };
+        let named = version >= Version::V5_0;
+        let connection = Connection {
+            version,
+            features: asked.intersection(self.profile.features),
+            messages: if named {
+                self.profile.named_connection
+            } else {
+                from
+            },
+            vp: VpIndex(if version >= Version::V3_0 {
+                contact.target_vp.get()
+            } else {
+                0
+            }),
+            monitor_pages: monitors.0,
+            offers_requested: false,
+        };
+        let mut response = Payload::new(&VersionResponse {
+            supported: u8::from(supported),
+            state: if supported { state.0 } else { 0 },
+            padding: U16::ZERO,
+            selected: U32::new(match (supported, named) {
+                (false, _) => 0,
+                (true, false) => version.0,
+                (true, true) => connection.messages.0,
+            }),
+        });
+        if supported && version >= Version::V6_0 {
+            let features = U32::new(connection.features.0);
+            response.append(ResponseFeatures { features }.as_bytes());
+        }
+        if supported && state == ConnectionState::SUCCESS {
+            self.connection = Some(connection);
+            self.events.push_back(Event::Connected(version));
+        }
+        let short = response.get(..self.profile.version_response);
+        let bytes = short
+            .filter(|_| version < Version::V6_0)
+            .unwrap_or(&response);
+        self.send_bytes(MessageType::VERSION_RESPONSE, bytes);
+        Ok(())
+    }
+
+    fn request_offers(&mut self) -> Result<(), &'static str> {
+        let connection = self.connection.as_mut().ok_or("not connected")?;
+        let again = core::mem::replace(&mut connection.offers_requested, true);
+        if again && !self.profile.repeats_offers {
+            return Err("offers have been requested before");
+        }
+        let channels = self.channels.iter();
+        let mut ids: Vec<_> = channels
+            .filter(|(_, channel)| !channel.rescinded)
+            .map(|(id, channel)| (*id, channel.device.interface, channel.device.instance))
+            .collect();
+        match self.profile.offer_order {
+            OfferOrder::Added => {}
+            OfferOrder::Sorted => {
+                ids.sort_by_key(|&(_, interface, instance)| (interface, instance));
+            }
+            OfferOrder::Reversed => ids.reverse(),
+        }
+        let is_late = |id: &ChannelId| {
+            self.channels
+                .get(id)
+                .is_some_and(|channel| channel.device.late)
+        };
+        let (late, first): (Vec<_>, Vec<_>) = ids
+            .into_iter()
+            .map(|(id, ..)| id)
+            .partition(|id| is_late(id));
+        for id in first {
+            self.offer(id);
+        }
+        self.send(&AllOffersDelivered {});
+        for id in late {
+            self.offer(id);
+        }
+        if again {
+            Err("offers have been requested before")
+        } else {
+            Ok(())
+        }
+    }
+
+    fn offer(&mut self, id: ChannelId) {
+        let (Some(channel), Some(connection)) = (self.channels.get(&id), self.connection) else {
+            return;
+        };
+        let device = &channel.device;
+        let monitor_id = device
+            .monitor_id
+            .filter(|_| self.profile.monitors && connection.monitor_pages);
+        let offer = OfferChannel {
+            interface: device.interface,
+            instance: device.instance,
+            reserved: [0; 16],
+            flags: U16::new(device.flags.0),
+            mmio_megabytes: U16::new(device.mmio_megabytes),
+            user_data: device.user_data,
+            sub_channel_index: U16::new(device.sub_channel_index),
+            optional_mmio_megabytes: U16::ZERO,
+            channel: U32::new(id.0),
+            monitor_id: monitor_id.unwrap_or(0xFF),
+            monitor_allocated: u8::from(monitor_id.is_some()),
+            dedicated_interrupt: U16::new(1),
+            connection: U32::new(self.event_connection(id).0),
+        };
+        self.send(&offer);
+    }
+
+    /// The channel that a message names.
+    fn channel(&mut self, id: U32) -> Result<(ChannelId, &mut Channel), &'static str> {
+        let id = ChannelId(id.get());
+        let requested = self
+            .connection
+            .is_some_and(|connection| connection.offers_requested);
+        let channel = self.channels.get_mut(&id).filter(|_| requested);
+        channel
+            .map(|channel| (id, channel))
+            .ok_or("no such channel")
+    }
+
+    fn gpadl_header(&mut self, (header, data): (&GpadlHeader, &[u8])) -> Result<(), &'static str> {
+        let handle = GpadlHandle(header.gpadl.get());
+        let (_, channel) = self.channel(header.channel)?;
+        if channel.rescinded {
+            return Err("GPADL for a rescinded channel");
+        }
+        if handle.0 == 0 || self.gpadls.contains_key(&handle) {
+            return Err("GPADL handle is zero or in use");
+        }
+        self.gpadls.insert(handle, Gpadl::new(header));
+        self.gpadl_data(handle, data)
+    }
+
+    fn gpadl_body(&mut self, (body, data): (&GpadlBody, &[u8])) -> Result<(), &'static str> {
+        let handle = GpadlHandle(body.gpadl.get());
+        match self.gpadls.get(&handle) {
+            Some(gpadl) if gpadl.ranges().is_none() => self.gpadl_data(handle, data),
+            _ => Err("no such GPADL is incomplete"),
+        }
+    }
+
+    fn gpadl_data(&mut self, handle: GpadlHandle, data: &[u8]) -> Result<(), &'static str> {
+        let rule = self.profile.gpadls;
+        let gpadl = self.gpadls.get_mut(&handle).ok_or("no such GPADL")?;
+        let channel = U32::new(gpadl.channel.0);
+        let status = match (gpadl.append(data, rule), self.refusals.gpadls, rule) {
+            (Progress::Incomplete, ..) => return Ok(()),
+            (Progress::Whole, None, _) => Status::SUCCESS,
+            (Progress::Whole, Some(status), _) => status,
+            (Progress::Bad, _, GpadlRule::AnyRanges(status)) => status,
+            (Progress::Bad, _, GpadlRule::OneAlignedRange) => {
+                self.gpadls.remove(&handle);
+                return Err("not one range of whole pages");
+            }
+        };
+        if status.is_success() {
+            self.events.push_back(Event::GpadlCreated(handle));
+        } else {
+            self.gpadls.remove(&handle);
+        }
+        self.send(&GpadlCreated {
+            channel,
+            gpadl: U32::new(handle.0),
+            status: U32::new(status.0),
+        });
+        Ok(())
+    }
+
+    fn gpadl_teardown(&mut self, teardown: &GpadlTeardown) -> Result<(), &'static str> {
+        let handle = GpadlHandle(teardown.gpadl.get());
+        let (id, channel) = self.channel(teardown.channel)?;
+        let rescinded = channel.rescinded;
+        let gpadl = self.gpadls.get_mut(&handle);
+        let gpadl = gpadl.filter(|gpadl| gpadl.channel == id && gpadl.ranges().is_some());
+        match gpadl {
+            Some(gpadl) => gpadl.leaving = true,
+            // The host forgets incomplete ones of a rescinded channel.
+            None if rescinded => {}
+            None => return Err("no such GPADL"),
+        }
+        if rescinded {
+            self.gpadls.remove(&handle);
+            if self.profile.torn_down_after_rescind {
+                self.torn_down(handle);
+            }
+        } else {
+            self.finish_teardowns();
+        }
+        Ok(())
+    }
+
+    /// Lets go of the GPADLs that the guest wants back and that no channel uses any more.
+    fn finish_teardowns(&mut self) {
+        let rings: Vec<_> = self
+            .channels
+            .values()
+            .filter_map(|channel| channel.state.ring())
+            .collect();
+        let leaving = self.gpadls.iter().filter(|(_, gpadl)| gpadl.leaving);
+        let free: Vec<_> = leaving
+            .map(|(handle, _)| *handle)
+            .filter(|handle| !rings.contains(handle))
+            .collect();
+        for handle in free {
+            self.gpadls.remove(&handle);
+            self.torn_down(handle);
+        }
+    }
+
+    fn torn_down(&mut self, handle: GpadlHandle) {
+        self.events.push_back(Event::GpadlTornDown(handle));
+        self.send(&GpadlTorndown {
+            gpadl: U32::new(handle.0),
+        });
+    }
+
+    fn open(&mut self, open: &OpenChannel) -> Result<(), &'static str> {
+        let ring = GpadlHandle(open.ring.get());
+        let (id, channel) = self.channel(open.channel)?;
+        if channel.rescinded {
+            return Err("OPEN for a rescinded channel");
+        }
+        if channel.state != ChannelState::Closed {
+            return Err("the channel is not closed");
+        }
+        let gpadl = self
+            .gpadls
+            .get(&ring)
+            .filter(|gpadl| gpadl.channel == id && !gpadl.leaving);
+        let pages = gpadl
+            .and_then(Gpadl::page_count)
+            .ok_or("no such ring GPADL")?;
+        if open.downstream_page.get() as usize >= pages {
+            return Err("the downstream ring is outside of the GPADL");
+        }
+        let ranges = self.gpadl(ring).unwrap_or(&[]).iter();
+        let opening = Opening {
+            channel: id,
+            ring,
+            pages: ranges
+                .flat_map(|range| range.pages.iter().copied())
+                .collect(),
+            downstream_page: open.downstream_page.get(),
+            target_vp: VpIndex(open.target_vp.get()),
+            event_flag: id.0 as u16,
+            connection: self.event_connection(id),
+            user_data: open.user_data,
+        };
+        let (_, channel) = self.channel(open.channel)?;
+        channel.state = ChannelState::Opening {
+            open_id: open.open_id.get(),
+            ring,
+        };
+        self.events.push_back(Event::Opening(opening));
+        Ok(())
+    }
+
+    fn close(&mut self, close: &CloseChannel) -> Result<(), &'static str> {
+        let (id, channel) = self.channel(close.channel)?;
+        if !matches!(channel.state, ChannelState::Open { .. }) {
+            return Err("the channel is not open");
+        }
+        channel.state = ChannelState::Closed;
+        self.events.push_back(Event::Closed(id));
+        self.finish_teardowns();
+        Ok(())
+    }
+
+    fn released(&mut self, released: &RelidReleased) -> Result<(), &'static str> {
+        if !self.profile.relid_released {
+            return Ok(());
+        }
+        let (id, channel) = self.channel(released.channel)?;
+        if channel.state != ChannelState::Closed {
+            return Err("the channel is not closed");
+        }
+        if !channel.rescinded {
+            return Err("the channel has not been rescinded");
+        }
+        if self.gpadls.values().any(|gpadl| gpadl.channel == id) {
+            return Err("the channel still has GPADLs");
+        }
+        self.channels.remove(&id);
+        self.events.push_back(Event::Released(id));
+        Ok(())
+    }
+
+    fn modify(&mut self, modify: &ModifyChannel) -> Result<(), &'static str> {
+        let answers = self.version() >= Some(Version::V5_3);
+        let status = self.refusals.modify.unwrap_or(Status::SUCCESS);
+        let (id, channel) = self.channel(modify.channel)?;
+        if !matches!(channel.state, ChannelState::Open { .. }) {
+            return Err("the channel is not open");
+        }
+        if status.is_success() {
+            self.events.push_back(Event::TargetVp {
+                channel: id,
+                target_vp: VpIndex(modify.target_vp.get()),
+            });
+        }
+        if answers {
+            self.send(&ModifyChannelResponse {
+                channel: modify.channel,
+                status: U32::new(status.0),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// The body of a message and what follows it.
+fn body<B: Body>(payload: &[u8]) -> Result<(&B, &[u8]), (MessageType, &'static str)> {
+    B::parse(payload).ok_or((B::TYPE, "too short"))
+}
