@@ -11,6 +11,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod bus;
+pub mod drivers;
 pub mod hypervisor;
 pub mod ids;
 pub mod kmcl;
