@@ -302,6 +302,26 @@ mod tests {
     }
 
     #[test]
+    fn clock_goes_back_for_no_vp() {
+        let (latest, source) = (Latest::new(), AtomicU64::new(1_000));
+        let vp = || {
+            let mut before = 0;
+            for step in 0..2_000_000_u64 {
+                // Time goes on, but each reading is off by up to 7 units.
+                let time =
+                    source.fetch_add(1, Ordering::Relaxed) + step.wrapping_mul(0x9E37_79B9) % 8;
+                let told = latest.no_earlier_than(time);
+                assert!(told >= before, "{told} after {before}");
+                before = told;
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(vp);
+            scope.spawn(vp);
+        });
+    }
+
+    #[test]
     fn quiet_page_gives_its_time_at_once() {
         // 10^7 * 2^64 / 2.5 GHz, one second of ticks, and an offset of minus one millisecond.
         let scale = ((u128::from(PER_SECOND) << 64) / 2_500_000_000) as u64;

@@ -42,6 +42,7 @@ pub(super) fn take(flags: &EventFlags, mut handle: impl FnMut(u16)) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use core::sync::atomic::AtomicBool;
     use std::collections::BTreeSet;
     use std::vec::Vec;
 
@@ -58,6 +59,31 @@ mod tests {
         let (byte, bit) = (flag / 8, flag % 8);
         let mask = 1_u64 << bit << (byte % 8 * 8);
         flags[usize::from(byte / 8)].fetch_or(mask, Ordering::SeqCst);
+    }
+
+    #[test]
+    fn no_signal_is_lost_while_the_host_goes_on() {
+        let flags = no_flags();
+        let done = AtomicBool::new(false);
+        let (mut raised, mut taken) = (0, 0);
+        std::thread::scope(|scope| {
+            let host = scope.spawn(|| {
+                let mut raised = 0;
+                for step in 0..3_000_000_u64 {
+                    // All in one word, so that host and guest meet often.
+                    let mask = 1 << (step % 64);
+                    raised += u32::from(flags[1].fetch_or(mask, Ordering::SeqCst) & mask == 0);
+                }
+                done.store(true, Ordering::Release);
+                raised
+            });
+            while !done.load(Ordering::Acquire) {
+                taken += take(&flags, |flag| assert_eq!(flag / 64, 1));
+            }
+            raised = host.join().unwrap();
+        });
+        taken += take(&flags, |_| {});
+        assert_eq!(taken, raised);
     }
 
     proptest! {
