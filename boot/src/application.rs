@@ -7,7 +7,6 @@ use boot::memory_map::{physical_memory, regions};
 use boot::paging::{MapError, PageTables, tables_needed};
 use bootloader_api::BootInfo;
 use bootloader_api::info::{MemoryRegion, Optional};
-use core::convert::Infallible;
 use core::fmt::{self, Write};
 use core::ops::Range;
 use core::panic::PanicInfo;
@@ -42,9 +41,13 @@ const SPARE_REGIONS: usize = 64;
 
 #[entry]
 fn main() -> Status {
-    let Err(failure) = start();
-    say(format_args!("Enlit cannot start: {failure}."));
-    failure.status()
+    match load() {
+        Ok(loaded) => hand_over(loaded),
+        Err(failure) => {
+            say(format_args!("Enlit cannot start: {failure}."));
+            failure.status()
+        }
+    }
 }
 
 /// Prints a line on the firmware's console. If there is none, nobody can be told.
@@ -58,7 +61,23 @@ fn say(line: fmt::Arguments<'_>) {
     });
 }
 
-fn start() -> Result<Infallible, Failure> {
+/// All that the kernel is to find, but for the final memory map.
+struct Loaded {
+    kernel: Kernel<'static>,
+    layout: Layout,
+    placement: Placement,
+    screen: Option<Screen>,
+    rsdp: Option<u64>,
+    context: Context,
+    /// Physical ranges that are not free when the kernel starts.
+    in_use: [Range<u64>; 3],
+    /// Memory for the `BootInfo`.
+    info: &'static mut [u8],
+    /// Memory for the memory map.
+    regions: &'static mut [MemoryRegion],
+}
+
+fn load() -> Result<Loaded, Failure> {
     let kernel = Kernel::parse(KERNEL)?;
     let processor = machine::processor().map_err(Failure::Processor)?;
     let command_line = command_line()?;
@@ -76,79 +95,89 @@ fn start() -> Result<Infallible, Failure> {
         physical_len.unwrap_or(0),
     )?;
 
-    // One run of pages holds all that the kernel finds in use.
-    let region_count = map.len() + SPARE_REGIONS;
+    // All that the kernel finds in use lies in two runs of pages and in the code of the switch. The
+    // page tables come second, because their number depends on where the first run lies.
     let image_len = kernel.span().end - kernel.span().start;
-    // Where the image and the stack come to lie makes no difference to the number of tables.
-    let nowhere = Placement {
-        image: 0,
-        stack: 0,
-        code: code.clone(),
-    };
-    let mappings = layout.mappings(&kernel, &nowhere, physical.clone());
-    let table_count = tables_needed(mappings, processor.giant_pages);
-    let (run, parts) = allocate([
-        table_count.saturating_mul(PAGE_SIZE),
+    let region_count = map.len() + SPARE_REGIONS;
+    let (run, [image, stack, info, text, regions]) = allocate([
         image_len,
         layout.stack.end - layout.stack.start,
         size_of::<BootInfo>() as u64,
         COMMAND_LINE_MAX as u64,
         (region_count * size_of::<MemoryRegion>()) as u64,
     ])?;
-    let [tables, image, stack, info, text, region_table] = parts;
-    let in_use = [run, code.clone()];
-
     kernel.load(image);
     text[..command_line.len()].copy_from_slice(command_line.as_bytes());
-    let physical_address = |bytes: &[u8]| bytes.as_ptr() as u64;
-    let kernel_address = physical_address(image);
-    let root = PhysAddr::new(physical_address(tables));
-    let mut tables = PageTables::new(
-        machine::fill(tables, PageTable::new),
-        root,
-        processor.giant_pages,
-    );
+
     let placement = Placement {
-        image: kernel_address,
+        image: physical_address(image),
         stack: physical_address(stack),
-        code,
+        code: code.clone(),
     };
-    for mapping in layout.mappings(&kernel, &placement, physical) {
+    let mappings = || layout.mappings(&kernel, &placement, physical.clone());
+    let table_count = tables_needed(mappings(), processor.giant_pages);
+    let (table_run, [tables]) = allocate([table_count.saturating_mul(PAGE_SIZE)])?;
+    let root = PhysAddr::new(physical_address(tables));
+    let tables = machine::fill(tables, PageTable::new);
+    let mut tables = PageTables::new(tables, root, processor.giant_pages);
+    for mapping in mappings() {
         tables.map(mapping)?;
     }
     let context = Context {
-        root,
+        root: tables.root(),
         stack: layout.stack.end,
         entry: kernel.entry(),
         boot_info: layout.physical_memory + physical_address(info),
         command_line: layout.physical_memory + physical_address(text),
         command_line_len: command_line.len() as u64,
     };
-    let region_table = machine::fill(region_table, MemoryRegion::empty);
-    drop(map);
+    Ok(Loaded {
+        in_use: [run, table_run, code],
+        regions: machine::fill(regions, MemoryRegion::empty),
+        info,
+        context,
+        rsdp,
+        screen,
+        placement,
+        layout,
+        kernel,
+    })
+}
 
-    // From here on there is no way back, and nothing that can fail.
+/// Leaves the firmware behind. From here on there is no way back, and nothing that can fail.
+fn hand_over(loaded: Loaded) -> ! {
+    let Loaded { kernel, layout, .. } = loaded;
     let map = machine::exit_boot_services();
     let mut count = 0;
     // Were there more regions than places, the kernel would lack the last ones, and not be misled.
-    for (place, region) in region_table.iter_mut().zip(regions(map.entries(), &in_use)) {
+    for (place, region) in loaded
+        .regions
+        .iter_mut()
+        .zip(regions(map.entries(), &loaded.in_use))
+    {
         *place = region;
         count += 1;
     }
-    let mut boot_info = machine::boot_info(&mut region_table[..count], layout.physical_memory);
-    boot_info.framebuffer = screen
+    let mut boot_info = machine::boot_info(&mut loaded.regions[..count], layout.physical_memory);
+    boot_info.framebuffer = loaded
+        .screen
         .map(|screen| screen.hand_over(layout.physical_memory))
         .into();
     boot_info.physical_memory_offset = Optional::Some(layout.physical_memory);
-    boot_info.rsdp_addr = rsdp.into();
+    boot_info.rsdp_addr = loaded.rsdp.into();
     boot_info.tls_template = kernel.tls_template().into();
-    boot_info.kernel_addr = kernel_address;
-    boot_info.kernel_len = image_len;
+    boot_info.kernel_addr = loaded.placement.image;
+    boot_info.kernel_len = kernel.span().end - kernel.span().start;
     boot_info.kernel_image_offset = kernel.span().start;
     boot_info.kernel_stack_bottom = layout.stack.start;
     boot_info.kernel_stack_len = layout.stack.end - layout.stack.start;
-    machine::place(info, boot_info);
-    machine::switch(&context)
+    machine::place(loaded.info, boot_info);
+    machine::switch(&loaded.context)
+}
+
+/// Before the switch, memory lies at its physical address.
+fn physical_address(memory: &[u8]) -> u64 {
+    memory.as_ptr() as u64
 }
 
 /// Allocates one zeroed run of pages, anywhere, and cuts it into parts of at least the given sizes
@@ -161,7 +190,7 @@ fn allocate<const N: usize>(
         .iter()
         .fold(0, |sum: u64, &size| sum.saturating_add(size));
     let mut rest = machine::allocate(pages).ok_or(Failure::NoMemory(pages))?;
-    let start = rest.as_ptr() as u64;
+    let start = physical_address(rest);
     let run = start..start + rest.len() as u64;
     let parts = sizes.map(|size| {
         let (part, behind) = core::mem::take(&mut rest).split_at_mut((size * PAGE_SIZE) as usize);

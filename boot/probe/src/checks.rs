@@ -26,8 +26,8 @@ unsafe extern "C" {
     safe static probe_data_end: u8;
 }
 
-/// In `.bss`, over a page's edge: must be zero.
-static mut ZEROED: [u64; 1500] = [0; 1500];
+/// In `.bss`, and so large that it takes several page tables: must be zero.
+static mut ZEROED: [u64; 1 << 20] = [0; 1 << 20];
 
 /// In `.data`: must be what the file says, and writable.
 static mut WRITTEN: u64 = 0x0123_4567_89AB_CDEF;
@@ -196,8 +196,8 @@ impl Probe {
         );
         // SAFETY: nobody else runs.
         unsafe {
-            let zeroed = (&raw const ZEROED).read_volatile();
-            self.check(".bss is zero", zeroed.iter().all(|&word| word == 0));
+            let zeroed = &raw const ZEROED;
+            self.check(".bss is zero", (*zeroed).iter().all(|&word| word == 0));
             let written = &raw mut WRITTEN;
             self.check(
                 ".data is as in the file",
