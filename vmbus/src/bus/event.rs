@@ -12,7 +12,8 @@ use super::Offer;
 /// Something that happened on the bus, in the order in which it happened.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Event {
-    /// The host agreed to a version; offers follow. Whatever was known of an earlier connection is void.
+    /// The host agreed to a version; offers follow. Whatever was known of an earlier connection is void. A host
+    /// that answers late can take its agreement back before its first offer: then this comes again.
     Connected {
         /// The version in use.
         version: Version,

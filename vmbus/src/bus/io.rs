@@ -107,6 +107,11 @@ impl Io {
         });
     }
 
+    /// Whether all messages have been fetched.
+    pub(super) fn all_sent(&self) -> bool {
+        self.outbox.is_empty()
+    }
+
     /// Drops all messages that have not been fetched yet.
     pub(super) fn drop_messages(&mut self) {
         self.outbox.clear();

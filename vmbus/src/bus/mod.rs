@@ -427,7 +427,11 @@ impl Bus {
 
     fn version_response(&mut self, now: u64, payload: &[u8]) {
         let step = match &mut self.state {
-            State::Negotiating { negotiation, .. } => negotiation.response(payload),
+            State::Negotiating { negotiation, .. } if self.io.all_sent() => {
+                negotiation.response(payload)
+            }
+            // Nothing answers a message that has not been sent.
+            State::Negotiating { negotiation, .. } => negotiation.stale_response(),
             State::Connected(connection) => match connection.late_response(payload) {
                 Ok(LateResponse::Confirmed(to)) => {
                     self.message_connection = to;

@@ -169,6 +169,15 @@ impl Negotiation {
         })))
     }
 
+    /// Takes a VERSION_RESPONSE that came before the current attempt was made: it can only answer an
+    /// earlier one.
+    pub(super) fn stale_response(&mut self) -> Result<Option<Step>, Violation> {
+        match self.late.pop() {
+            Some(_) => Ok(None),
+            None => Err(Violation::Unexpected(MessageType::VERSION_RESPONSE)),
+        }
+    }
+
     /// Reads a VERSION_RESPONSE that came after an agreement: the answer to one of the attempts whose time ran
     /// out was taken for that to the last one. `None` when there is no such attempt; otherwise where messages go
     /// now, or `None` again when the host is not connected after all.
