@@ -7,7 +7,7 @@ use core::sync::atomic::Ordering;
 
 use spin::Once;
 
-use crate::arch::{apic, per_cpu};
+use crate::arch::{apic, cpu, per_cpu};
 
 /// The first vector of external interrupts.
 const FIRST: u8 = 0x20;
@@ -17,6 +17,9 @@ pub const VMBUS: u8 = 0x21;
 
 /// The vector of synthetic timer 0.
 pub const TIMER: u8 = 0x22;
+
+/// The vector that tests raise themselves.
+pub(crate) const TEST: u8 = 0x23;
 
 /// The vectors that there are stubs for.
 const COUNT: usize = 16;
@@ -36,6 +39,11 @@ pub fn set_handler(vector: u8, handler: fn()) {
 
 fn slot(vector: u8) -> Option<&'static Once<fn()>> {
     HANDLERS.get(usize::from(vector.checked_sub(FIRST)?))
+}
+
+/// Whether interrupts are on: the code runs at PASSIVE.
+pub fn is_enabled() -> bool {
+    cpu::interrupts_enabled()
 }
 
 pub(crate) fn dispatch(vector: u8) {

@@ -33,6 +33,9 @@ mod panic;
 mod partition;
 #[cfg(target_os = "none")]
 pub mod power;
+#[cfg(target_os = "none")]
+#[doc(hidden)]
+pub mod selftest;
 pub mod sleep_states;
 #[cfg(target_os = "none")]
 mod start;
@@ -50,3 +53,4 @@ pub use machine::Machine;
 #[doc(hidden)]
 #[cfg(target_os = "none")]
 pub use start::run;
+pub use vmbus;

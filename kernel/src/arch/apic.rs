@@ -23,6 +23,7 @@ const BASE_X2APIC: u64 = 1 << 10;
 mod register {
     pub(super) const EOI: u32 = 0x0B;
     pub(super) const SPURIOUS: u32 = 0x0F;
+    pub(super) const ICR: u32 = 0x30;
     pub(super) const LVT_LINT0: u32 = 0x35;
 }
 
@@ -97,6 +98,12 @@ pub fn end_of_interrupt() {
     } else {
         write(register::EOI, 0);
     }
+}
+
+/// Has this VP interrupt itself.
+pub(crate) fn interrupt_self(vector: u8) {
+    // Destination shorthand "self", fixed delivery, edge.
+    write(register::ICR, 0x4_0000 | u32::from(vector));
 }
 
 fn write(register: u32, value: u32) {

@@ -12,6 +12,7 @@ pub mod cpu;
 pub mod descriptors;
 pub mod entry;
 pub mod executor;
+pub(crate) mod faults;
 pub mod heap;
 pub mod image;
 pub mod paging;

@@ -19,7 +19,7 @@ use crate::sync::Lock;
 const LOW_MEMORY: u64 = 0x10_0000;
 
 /// Bytes of the main stack, on which `main` and all tasks run.
-const MAIN_STACK: u64 = 64 * 1024;
+pub(crate) const MAIN_STACK: u64 = 64 * 1024;
 
 static MEMORY: Lock<Option<Memory>> = Lock::new(None);
 
@@ -271,4 +271,9 @@ impl FrameSource for Frames<'static> {
     fn frame(&mut self) -> Option<u64> {
         self.take_loose()
     }
+}
+
+/// The physical address behind a virtual one.
+pub(crate) fn translate(address: u64) -> Option<u64> {
+    with(|memory| memory.space.translate(address))?
 }

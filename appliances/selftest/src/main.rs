@@ -1,0 +1,115 @@
+//! A guest whose behaviour tests choose on its command line: `selftest=NAME`.
+//!
+//! Each either prints `selftest: NAME passed` and powers off, or ends the machine in the way that it is about.
+
+#![no_std]
+#![no_main]
+
+extern crate alloc;
+
+use core::hint::black_box;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use alloc::vec::Vec;
+use embassy_time::{Duration, Instant, Timer};
+use enlit::{Machine, interrupt, println, work};
+
+enlit::main!(main);
+
+async fn main(machine: Machine) {
+    let name = machine.command_line().get("selftest").unwrap_or_default();
+    println!("selftest: {name}");
+    match name {
+        "panic-main" => panic!("asked to, in main"),
+        "panic-interrupt" => in_interrupt(|| panic!("asked to, in an interrupt")).await,
+        "panic-work" => in_work(|| panic!("asked to, in a work item")).await,
+        "null" => enlit::selftest::read_null(),
+        "write-code" => enlit::selftest::write_code(),
+        "run-data" => enlit::selftest::run_data(),
+        "overflow" => {
+            overflow(0);
+        }
+        "invalid-opcode" => enlit::selftest::invalid_opcode(),
+        "out-of-memory" => exhaust(),
+        "rights" => enlit::selftest::check_rights(),
+        "work" => {
+            in_interrupt(|| {}).await;
+            in_work(|| {}).await;
+        }
+        "timer" => timer().await,
+        "poweroff" => {}
+        "reboot" => machine.reboot().await,
+        other => panic!("there is no selftest={other}"),
+    }
+    println!("selftest: {name} passed");
+    machine.power_off().await
+}
+
+/// Runs `action` in an interrupt handler and waits until it has run.
+async fn in_interrupt(action: fn()) {
+    static ACTION: AtomicBool = AtomicBool::new(false);
+    static DONE: AtomicBool = AtomicBool::new(false);
+    enlit::selftest::on_interrupt(move || {
+        action();
+        DONE.store(true, Ordering::Release);
+    });
+    ACTION.store(true, Ordering::Release);
+    enlit::selftest::raise_interrupt();
+    while !DONE.load(Ordering::Acquire) {
+        Timer::after(Duration::from_millis(1)).await;
+    }
+    assert!(interrupt::is_enabled());
+}
+
+/// Runs `action` in a work item and waits until it has run.
+async fn in_work(action: fn()) {
+    static DONE: AtomicBool = AtomicBool::new(false);
+    let item = work::register("selftest", move || {
+        assert!(
+            interrupt::is_enabled(),
+            "work runs at PASSIVE, with interrupts on"
+        );
+        action();
+        DONE.store(true, Ordering::Release);
+    });
+    item.queue();
+    while !DONE.load(Ordering::Acquire) {
+        Timer::after(Duration::from_millis(1)).await;
+    }
+}
+
+/// Timers never fire early and keep their order.
+async fn timer() {
+    for milliseconds in [0, 1, 5, 20, 50] {
+        let wanted = Duration::from_millis(milliseconds);
+        let start = Instant::now();
+        Timer::after(wanted).await;
+        assert!(
+            start.elapsed() >= wanted,
+            "{milliseconds} ms timer fired early"
+        );
+    }
+    let before = Instant::now();
+    let mut last = before;
+    for _ in 0..10_000 {
+        let now = Instant::now();
+        assert!(now >= last, "the clock went back");
+        last = now;
+    }
+}
+
+/// Runs off the end of the stack, into its guard page.
+#[inline(never)]
+#[allow(unconditional_recursion, reason = "that is the point")]
+fn overflow(depth: u64) -> u64 {
+    let page = black_box([depth; 512]);
+    overflow(depth + 1) + page[black_box(7)]
+}
+
+/// Takes all memory that there is.
+fn exhaust() {
+    let mut all: Vec<Vec<u8>> = Vec::new();
+    loop {
+        all.push(alloc::vec![0xA5; 256 * 1024]);
+    }
+}
