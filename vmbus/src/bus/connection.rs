@@ -722,8 +722,14 @@ impl Connection {
                 }
             }
             Subject::Modify(id) => {
-                if let Ok(channel) = self.channel(id) {
-                    channel.modified(io, Err(ModifyError::Post(error)));
+                let failed = Err(ModifyError::Post(error));
+                if !self
+                    .channel(id)
+                    .is_ok_and(|channel| channel.modified(io, failed))
+                {
+                    // Below 5.3 it has been reported as done already.
+                    let message = MessageType::MODIFY_CHANNEL;
+                    io.violation(Violation::NotPosted { message, error });
                 }
             }
             Subject::Gpadl(handle) => {

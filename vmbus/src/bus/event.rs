@@ -75,7 +75,7 @@ pub enum ConnectError {
     },
     /// The host answered nothing at all.
     NoReply {
-        /// The connections that were tried.
+        /// The connections that were tried and that the hypervisor knows.
         connections: Vec<ConnectionId>,
         /// The versions that were tried, in order.
         versions: Vec<Version>,

@@ -144,7 +144,10 @@ impl Io {
                 }
             }
         };
-        self.posted = Some(posted);
+        // The message before it was not refused.
+        if self.posted.replace(posted).is_some() {
+            self.retries = 0;
+        }
         Some(posted.payload)
     }
 

@@ -98,6 +98,7 @@ pub(super) struct Negotiation {
     next: usize,
     current: Attempt,
     multiclient: Multiclient,
+    /// Connections that were tried, without those that the hypervisor does not know.
     connections: Vec<ConnectionId>,
     refused: Vec<Version>,
     unanswered: Vec<Version>,
@@ -228,6 +229,7 @@ impl Negotiation {
         match (connection, error) {
             (MULTICLIENT_CONNECTION, PostError::InvalidConnection) => {
                 self.multiclient = Multiclient::Absent;
+                self.connections.retain(|&tried| tried != connection);
                 self.skipped.push(version);
                 self.advance()
             }
@@ -235,8 +237,10 @@ impl Negotiation {
             (_, PostError::InvalidConnection)
                 if self.refused.is_empty() && self.late.is_empty() =>
             {
+                let absent = self.multiclient == Multiclient::Absent;
+                let multiclient = absent.then_some(MULTICLIENT_CONNECTION);
                 Step::Fail(ConnectError::NoConnection {
-                    connections: self.connections.clone(),
+                    connections: multiclient.into_iter().chain([connection]).collect(),
                 })
             }
             (_, PostError::InvalidConnection) => {

@@ -1,6 +1,8 @@
 //! Opening, closing, target VPs and rescinds.
 
-use vmbus::bus::{Error, Event, ModifyError, NO_INTERRUPTS, OpenError, OpenParameters};
+use vmbus::bus::{
+    Error, Event, GpadlError, ModifyError, NO_INTERRUPTS, OpenError, OpenParameters, Violation,
+};
 use vmbus::hypervisor::PostError;
 use vmbus::ids::{ChannelId, GpadlHandle, VpIndex};
 use vmbus::protocol::{Guid, MessageType, Status, Version, interface};
@@ -243,6 +245,20 @@ fn a_target_vp_that_is_not_changed_is_told() {
 }
 
 #[test]
+fn a_target_vp_that_was_reported_too_early_is_told() {
+    let (mut world, channel, ring) = with_ring(Profile::hyper_v_up_to(Version::V4_1));
+    assert_eq!(world.open(channel, ring), Ok(()));
+    world.refuse.push_back(PostError::Busy);
+    world
+        .bus
+        .modify_target_vp(world.now, channel, VpIndex(1))
+        .unwrap();
+    let (message, error) = (MessageType::MODIFY_CHANNEL, PostError::Busy);
+    let violation = Violation::NotPosted { message, error };
+    world.wait(|event| *event == Event::Violation(violation));
+}
+
+#[test]
 fn a_channel_opened_without_interrupts_stays_so() {
     let (mut world, channel, ring) = with_ring(Profile::hyper_v());
     let parameters = OpenParameters {
@@ -261,9 +277,7 @@ fn retire(world: &mut World, channel: ChannelId, gpadls: &[GpadlHandle]) {
     assert!(world.bus.offers().all(|offer| offer.channel != channel));
     let _ = world.bus.close(channel);
     for &gpadl in gpadls {
-        if !gpadls.is_empty() {
-            assert_eq!(world.bus.release(channel), Err(Error::GpadlsLeft(channel)));
-        }
+        assert_eq!(world.bus.release(channel), Err(Error::GpadlsLeft(channel)));
         world.teardown(gpadl);
     }
     world.bus.release(channel).unwrap();
@@ -417,7 +431,6 @@ fn rescind_right_after_an_opening_was_granted() {
 
 #[test]
 fn rescind_while_a_gpadl_is_created() {
-    use vmbus::bus::GpadlError;
     for profile in PROFILES {
         for posted in 0..5 {
             let (mut world, channel) = scsi(profile());

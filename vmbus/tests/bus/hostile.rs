@@ -8,9 +8,9 @@ use vmbus::bus::{Bus, Config, Event, GpaRange, OpenParameters};
 use vmbus::hypervisor::PostError;
 use vmbus::ids::{ChannelId, GpadlHandle, PageNumber, VpIndex};
 use vmbus::protocol::sizes::{Direction, MESSAGES};
-use vmbus::protocol::{MAX_PAYLOAD, Version};
+use vmbus::protocol::{MAX_PAYLOAD, Status, Version};
 
-use crate::world::check_size;
+use crate::world::{PROFILES, World, check_size};
 
 /// Something that the host, the guest or the clock does.
 #[derive(Clone, Debug)]
@@ -61,6 +61,23 @@ fn step() -> impl Strategy<Value = Step> {
         3 => id.clone().prop_map(Step::Release),
         2 => id.prop_map(Step::Modify),
     ]
+}
+
+/// A message of a row of the table.
+fn message_of(row: usize, fields: [u32; 4], resize: i8) -> Vec<u8> {
+    let info = &MESSAGES[row];
+    let size = info.sizes.last().unwrap().2;
+    let mut message = info.kind.0.to_le_bytes().to_vec();
+    message.extend([0; 4]);
+    fields
+        .iter()
+        .for_each(|field| message.extend(field.to_le_bytes()));
+    message.resize(
+        size.saturating_add_signed(isize::from(resize))
+            .min(MAX_PAYLOAD),
+        0,
+    );
+    message
 }
 
 /// What the events say that there is.
@@ -211,17 +228,7 @@ impl Guest {
                 resize,
             } => {
                 let info = &MESSAGES[row];
-                let size = info.sizes.last().unwrap().2;
-                let mut message = info.kind.0.to_le_bytes().to_vec();
-                message.extend([0; 4]);
-                fields
-                    .iter()
-                    .for_each(|field| message.extend(field.to_le_bytes()));
-                message.resize(
-                    size.saturating_add_signed(isize::from(resize))
-                        .min(MAX_PAYLOAD),
-                    0,
-                );
+                let message = message_of(row, fields, resize);
                 let before = self.bus.violations();
                 self.bus.receive(now, &message);
                 if info.direction == Direction::ToHost {
@@ -385,5 +392,58 @@ proptest! {
         prop_assert_eq!(guest.bus.version(), Some(Version::V6_0));
         steps.into_iter().for_each(|step| guest.take(step));
         guest.finish();
+    }
+}
+
+/// What a guest may post: anything.
+fn request() -> impl Strategy<Value = Vec<u8>> {
+    let message = (
+        0..MESSAGES.len(),
+        [0u32..5, 0u32..5, 0u32..5, 0u32..5],
+        -12i8..12,
+    );
+    prop_oneof![
+        1 => proptest::collection::vec(any::<u8>(), 0..240),
+        5 => message.prop_map(|(row, fields, resize)| message_of(row, fields, resize)),
+        2 => (0usize..30, 1u32..4, any::<u16>(), 0u16..3, proptest::collection::vec(any::<u8>(), 0..200))
+            .prop_map(|(body, gpadl, bytes, count, data)| {
+                // Mostly a header, sometimes a body.
+                let kind = if body > 20 { 9u32 } else { 8 };
+                let mut message = [kind.to_le_bytes(), [0; 4], 1u32.to_le_bytes(), gpadl.to_le_bytes()].concat();
+                if kind == 8 {
+                    message.extend((bytes % 400).to_le_bytes());
+                    message.extend(count.to_le_bytes());
+                }
+                message.extend(data);
+                message
+            }),
+    ]
+}
+
+proptest! {
+    /// The host's end is a server on real machines: a hostile guest does not break it either.
+    #[test]
+    fn nothing_that_a_guest_sends_breaks_the_server(
+        host in 0..PROFILES.len(),
+        requests in proptest::collection::vec((0u8..4, request()), 0..200)
+    ) {
+        let mut world = World::connected(PROFILES[host]());
+        let live = world.posted.last().unwrap().0;
+        for (what, request) in requests {
+            if what == 0 {
+                world.server.rescind(ChannelId(u32::from(request.first().copied().unwrap_or(1)) % 4));
+            }
+            world.server.post(world.now, live, &request);
+            world.server.run(world.now);
+            while let Some(message) = world.server.poll_message(world.now) {
+                prop_assert!(message.payload.len() <= MAX_PAYLOAD);
+            }
+            while let Some(event) = world.server.poll_event() {
+                if let vmbus_host::bus::Event::Opening(opening) = event {
+                    prop_assert!((opening.downstream_page as usize) < opening.pages.len());
+                    world.server.finish_open(opening.channel, Status::SUCCESS);
+                }
+            }
+        }
     }
 }
