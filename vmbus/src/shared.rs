@@ -8,7 +8,7 @@
 
 #![allow(unsafe_code)]
 
-use alloc::sync::Arc;
+use alloc::sync::{Arc, Weak};
 use core::fmt;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
@@ -21,6 +21,17 @@ use crate::ids::{PAGE_SIZE, PageNumber};
 /// handle goes.
 #[derive(Clone)]
 pub struct SharedPages(Arc<Run>);
+
+/// A handle to pages that may have been given back meanwhile.
+#[derive(Clone)]
+pub struct WeakPages(Weak<Run>);
+
+impl WeakPages {
+    /// The pages, if they have not been given back.
+    pub fn upgrade(&self) -> Option<SharedPages> {
+        self.0.upgrade().map(SharedPages)
+    }
+}
 
 struct Run {
     start: NonNull<u8>,
@@ -111,6 +122,17 @@ impl SharedPages {
         self.0.first
     }
 
+    /// How many handles to these pages exist, this one included. For checks that nobody gives memory
+    /// back too early.
+    pub fn handle_count(&self) -> usize {
+        Arc::strong_count(&self.0)
+    }
+
+    /// A handle that does not keep the pages.
+    pub fn downgrade(&self) -> WeakPages {
+        WeakPages(Arc::downgrade(&self.0))
+    }
+
     /// The page numbers, in order.
     pub fn pages(&self) -> impl ExactSizeIterator<Item = PageNumber> + Clone + use<> {
         let first = self.0.first.0;
@@ -182,6 +204,12 @@ impl fmt::Debug for SharedPages {
             .field("first", &self.0.first)
             .field("count", &self.0.count)
             .finish()
+    }
+}
+
+impl fmt::Debug for WeakPages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WeakPages")
     }
 }
 

@@ -10,3 +10,6 @@
 extern crate alloc;
 
 pub mod bus;
+pub mod channel;
+pub mod dynamic_memory;
+pub mod machine;

@@ -127,7 +127,7 @@ impl ReceiveSide {
 
             if *budget != left {
                 shared.counters.batches.add(1);
-            } else if first && !sent && stop == Stop::Empty {
+            } else if first && !sent && stop == Stop::Empty && level == Level::Dispatch {
                 shared.counters.spurious_events.add(1);
             }
             first = false;

@@ -145,10 +145,10 @@ impl OutgoingPacket {
         let channel = self.channel.clone();
         let result = match self.body.take() {
             Some(mut body) => {
+                let lends = external.is_some();
                 body.external = external.unwrap_or_default();
-                let lends = !body.external.parts.is_empty();
                 match prepare(channel.shared(), &mut body, data, lends, transaction) {
-                    Ok(()) => channel.shared().send(body, data, lends, transaction),
+                    Ok(()) => channel.shared().send(body, data, transaction),
                     Err(reason) => Err((body, reason)),
                 }
             }
@@ -191,6 +191,9 @@ fn prepare(
         return Err(SendFailure::Pipe);
     }
     body.list.clear();
+    if lends && body.external.parts.is_empty() {
+        return Err(SendFailure::NoExternalData);
+    }
     if lends {
         body.external
             .describe(&mut body.list)
@@ -510,16 +513,12 @@ impl Shared {
         &self,
         mut body: Box<Body>,
         data: &[u8],
-        lends: bool,
         transaction: bool,
     ) -> Result<Option<Box<Body>>, (Box<Body>, SendFailure)> {
         let hypervisor = &*self.client.hypervisor;
         let mut side = self.send.lock(hypervisor);
         if !matches!(side.gate, Gate::Queue | Gate::Open) {
             return Err((body, SendFailure::NotOpen));
-        }
-        if lends && body.list.is_empty() {
-            return Err((body, SendFailure::NoExternalData));
         }
         body.transaction = transaction.then(|| side.id_of(body.slot));
         let header = pipe::header(data.len());

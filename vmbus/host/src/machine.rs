@@ -1,0 +1,525 @@
+//! A machine in one process: a hypervisor and a host below a guest's VMBus stack.
+//!
+//! [`Machine`] implements [`Hypervisor`] over a bus [`Server`] and keeps time, interrupts and interrupt level of one VP. Nothing
+//! happens by itself: [`settle`](Machine::settle) lets both sides run until neither has anything to do, [`advance`](Machine::advance)
+//! moves the clock. An interrupt comes at once when the guest runs at PASSIVE, in the middle of whatever it
+//! does, and else when it lowers its level.
+
+use alloc::boxed::Box;
+use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::fmt;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use spin::Mutex;
+use vmbus::hypervisor::{Hypervisor, Level, OutOfMemory, PostError};
+use vmbus::ids::{ChannelId, ConnectionId, PageNumber, VpIndex};
+use vmbus::protocol::Status;
+use vmbus::ring::{Outgoing, PacketBuffer};
+use vmbus::shared::{SharedPages, WeakPages};
+
+use crate::bus::{Device, Event, HvStatus, Opening, Profile, Server};
+use crate::channel::HostChannel;
+use crate::dynamic_memory::DynamicMemory;
+
+/// The guest's end: what the hypervisor interrupts.
+pub trait Guest: Send + Sync {
+    /// A message of type 1; `false` leaves it where it is.
+    fn on_message(&self, payload: &[u8]) -> bool;
+    /// An event flag was set.
+    fn on_event(&self, channel: ChannelId);
+    /// The deferred work.
+    fn run_work(&self);
+    /// When the deferred work has to run next.
+    fn deadline(&self) -> Option<u64>;
+}
+
+/// What serves a channel at the host.
+pub trait Provider: Send {
+    /// The guest opens the channel.
+    fn opened(&mut self, _channel: &mut HostChannel) -> Status {
+        Status::SUCCESS
+    }
+    /// Something may be in the ring, or time has passed.
+    fn serve(&mut self, now: u64, channel: &mut HostChannel);
+    /// The channel is closed.
+    fn closed(&mut self) {}
+    /// When [`serve`](Self::serve) wants to be called without anything in the ring.
+    fn deadline(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// A provider that leaves its channel to the test.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Manual;
+
+impl Provider for Manual {
+    fn serve(&mut self, _now: u64, _channel: &mut HostChannel) {}
+}
+
+/// Dynamic memory behind a lock, so that a test can look at it while it serves.
+#[derive(Clone, Debug)]
+pub struct SharedDynamicMemory(pub Arc<Mutex<DynamicMemory>>);
+
+impl Provider for SharedDynamicMemory {
+    fn opened(&mut self, _channel: &mut HostChannel) -> Status {
+        self.0.lock().opened();
+        Status::SUCCESS
+    }
+
+    fn serve(&mut self, now: u64, channel: &mut HostChannel) {
+        let mut provider = self.0.lock();
+        provider.tick(now);
+        let mut packet = PacketBuffer::default();
+        while let Ok(true) = channel.receive(&mut packet) {
+            provider.receive(now, packet.payload());
+            let _ = channel.release();
+        }
+        while let Some(message) = provider.poll_message() {
+            if channel.send(&Outgoing::in_band([&message, &[]])).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn closed(&mut self) {
+        self.0.lock().closed();
+    }
+
+    fn deadline(&self) -> Option<u64> {
+        self.0.lock().deadline()
+    }
+}
+
+/// The machine.
+pub struct Machine {
+    host: Mutex<Host>,
+    /// An interrupt that could not be delivered yet.
+    pending: Mutex<VecDeque<ChannelId>>,
+    dispatch: AtomicBool,
+    work_requested: AtomicBool,
+    work_requests: AtomicU64,
+    time: AtomicU64,
+    next_page: AtomicU64,
+    guest: Mutex<Option<Arc<dyn Guest>>>,
+    signals: AtomicU64,
+}
+
+/// The host's half.
+struct Host {
+    server: Server,
+    providers: BTreeMap<ChannelId, Box<dyn Provider>>,
+    open: BTreeMap<ChannelId, HostChannel>,
+    /// Closed channels whose GPADL the guest has not got back.
+    closing: Vec<HostChannel>,
+    memory: Vec<(PageNumber, WeakPages)>,
+    /// Channels that the guest has signalled.
+    signalled: BTreeSet<ChannelId>,
+    /// Pages that can still be shared.
+    free_pages: usize,
+    /// What the guest did that no guest may do.
+    complaints: Vec<&'static str>,
+    /// How the next channel that is opened is answered.
+    open_status: Status,
+}
+
+impl Machine {
+    /// A machine with this kind of host.
+    pub fn new(profile: Profile) -> Arc<Self> {
+        Arc::new(Self {
+            host: Mutex::new(Host {
+                server: Server::new(profile),
+                providers: BTreeMap::new(),
+                open: BTreeMap::new(),
+                closing: Vec::new(),
+                memory: Vec::new(),
+                signalled: BTreeSet::new(),
+                free_pages: 4096,
+                complaints: Vec::new(),
+                open_status: Status::SUCCESS,
+            }),
+            pending: Mutex::new(VecDeque::new()),
+            dispatch: AtomicBool::new(false),
+            work_requested: AtomicBool::new(false),
+            work_requests: AtomicU64::new(0),
+            time: AtomicU64::new(1),
+            next_page: AtomicU64::new(0x1000),
+            guest: Mutex::new(None),
+            signals: AtomicU64::new(0),
+        })
+    }
+
+    /// Connects the guest's end.
+    pub fn attach(&self, guest: Arc<dyn Guest>) {
+        *self.guest.lock() = Some(guest);
+    }
+
+    /// Offers a device, served by `provider`. `None` when no channel number is free.
+    pub fn add(&self, device: Device, provider: impl Provider + 'static) -> Option<ChannelId> {
+        let mut host = self.host.lock();
+        let id = host.server.add(device)?;
+        host.providers.insert(id, Box::new(provider));
+        Some(id)
+    }
+
+    /// Takes a device away.
+    pub fn rescind(&self, id: ChannelId) -> bool {
+        self.host.lock().server.rescind(id)
+    }
+
+    /// The bus server.
+    pub fn server<R>(&self, with: impl FnOnce(&mut Server) -> R) -> R {
+        with(&mut self.host.lock().server)
+    }
+
+    /// The host's end of an open channel; interrupts that become due are delivered.
+    pub fn channel<R>(&self, id: ChannelId, with: impl FnOnce(&mut HostChannel) -> R) -> Option<R> {
+        let (result, interrupt) = {
+            let mut host = self.host.lock();
+            let channel = host.open.get_mut(&id)?;
+            let result = with(channel);
+            (result, channel.take_interrupt().is_some())
+        };
+        if interrupt {
+            self.interrupt(id);
+        }
+        Some(result)
+    }
+
+    /// Sets a channel's event flag, whatever the rings say: spurious and doubled interrupts.
+    pub fn interrupt(&self, id: ChannelId) {
+        self.pending.lock().push_back(id);
+        self.deliver();
+    }
+
+    /// How the next channels that are opened are answered.
+    pub fn set_open_status(&self, status: Status) {
+        self.host.lock().open_status = status;
+    }
+
+    /// How many pages the guest can still share.
+    pub fn set_free_pages(&self, pages: usize) {
+        self.host.lock().free_pages = pages;
+    }
+
+    /// Has the provider of a channel look at it, as if the guest had signalled.
+    pub fn wake_provider(&self, id: ChannelId) {
+        self.host.lock().signalled.insert(id);
+    }
+
+    /// Whether a channel is open.
+    pub fn is_open(&self, id: ChannelId) -> bool {
+        self.host.lock().open.contains_key(&id)
+    }
+
+    /// Runs of shared pages that the guest has not given back.
+    pub fn shared_runs(&self) -> usize {
+        let host = self.host.lock();
+        let live = |(_, weak): &&(PageNumber, WeakPages)| weak.upgrade().is_some();
+        host.memory.iter().filter(live).count()
+    }
+
+    /// What the guest did that no guest may do: memory given back too early, messages that hosts drop.
+    pub fn complaints(&self) -> Vec<&'static str> {
+        self.host.lock().complaints.clone()
+    }
+
+    /// Signals that the guest sent.
+    pub fn signals(&self) -> u64 {
+        self.signals.load(Ordering::SeqCst)
+    }
+
+    /// How often the guest asked for work.
+    pub fn work_requests(&self) -> u64 {
+        self.work_requests.load(Ordering::SeqCst)
+    }
+
+    /// Runs `code` at DISPATCH, as an interrupt handler would.
+    pub fn at_dispatch<R>(&self, code: impl FnOnce() -> R) -> R {
+        let before = self.raise_to_dispatch();
+        let result = code();
+        self.lower(before);
+        result
+    }
+
+    /// Moves the clock by `time` in units of 100 ns, stopping wherever guest or host wants to do something.
+    pub fn advance(&self, time: u64) {
+        let end = self.time.load(Ordering::SeqCst) + time;
+        loop {
+            self.settle();
+            let now = self.time.load(Ordering::SeqCst);
+            let guest = self.guest().and_then(|guest| guest.deadline());
+            let host = self.host.lock();
+            let providers = host.providers.iter();
+            let provider = providers
+                .filter(|(id, _)| host.open.contains_key(id))
+                .filter_map(|(_, provider)| provider.deadline())
+                .min();
+            let next = [guest, host.server.deadline(), provider]
+                .into_iter()
+                .flatten()
+                .min();
+            drop(host);
+            match next {
+                Some(at) if at <= end => {
+                    // Somebody whose time has come and who does nothing would keep the clock from moving.
+                    self.time.store(at.max(now + 1), Ordering::SeqCst);
+                    self.work_requested.store(true, Ordering::SeqCst);
+                }
+                _ => break,
+            }
+        }
+        self.time.store(end, Ordering::SeqCst);
+        self.work_requested.store(true, Ordering::SeqCst);
+        self.settle();
+    }
+
+    /// Lets guest and host run until neither has anything to do. Returns after many rounds even if they never end.
+    pub fn settle(&self) {
+        for _ in 0..100_000 {
+            let mut busy = self.run_host();
+            busy |= self.deliver_messages();
+            self.deliver();
+            if self.work_requested.swap(false, Ordering::SeqCst)
+                && let Some(guest) = self.guest()
+            {
+                guest.run_work();
+                busy = true;
+            }
+            if !busy {
+                return;
+            }
+        }
+        self.complain("guest and host never come to rest");
+    }
+
+    fn guest(&self) -> Option<Arc<dyn Guest>> {
+        self.guest.lock().clone()
+    }
+
+    fn complain(&self, what: &'static str) {
+        self.host.lock().complaints.push(what);
+    }
+
+    /// Delivers the interrupts that wait, if the guest's level allows it.
+    fn deliver(&self) {
+        let Some(guest) = self.guest() else {
+            return;
+        };
+        while !self.dispatch.load(Ordering::SeqCst) {
+            let next = self.pending.lock().pop_front();
+            let Some(id) = next else {
+                return;
+            };
+            self.dispatch.store(true, Ordering::SeqCst);
+            guest.on_event(id);
+            self.dispatch.store(false, Ordering::SeqCst);
+        }
+    }
+
+    fn deliver_messages(&self) -> bool {
+        let Some(guest) = self.guest() else {
+            return false;
+        };
+        let mut busy = false;
+        loop {
+            let now = self.time.load(Ordering::SeqCst);
+            let message = self.host.lock().server.poll_message(now);
+            let Some(message) = message else {
+                return busy;
+            };
+            busy = true;
+            // A slot that is not emptied keeps its message until the guest has worked.
+            while !self.at_dispatch(|| guest.on_message(&message.payload)) {
+                guest.run_work();
+            }
+        }
+    }
+
+    fn run_host(&self) -> bool {
+        let now = self.time.load(Ordering::SeqCst);
+        let mut host = self.host.lock();
+        host.server.run(now);
+        let mut busy = false;
+        while let Some(event) = host.server.poll_event() {
+            busy = true;
+            host.handle(event);
+        }
+        let mut interrupts = Vec::new();
+        let Host {
+            open,
+            providers,
+            signalled,
+            ..
+        } = &mut *host;
+        for (id, channel) in open.iter_mut() {
+            if let Some(provider) = providers.get_mut(id) {
+                let due = provider.deadline().is_some_and(|at| at <= now);
+                // A signal that the guest forgets leaves the provider asleep.
+                if signalled.remove(id) || due {
+                    busy = true;
+                    provider.serve(now, channel);
+                }
+            }
+            if channel.take_interrupt().is_some() {
+                interrupts.push(*id);
+            }
+        }
+        drop(host);
+        for id in interrupts {
+            busy = true;
+            self.interrupt(id);
+        }
+        busy
+    }
+}
+
+impl Host {
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Opening(opening) => self.open(opening),
+            Event::Closed(id) => {
+                if let Some(channel) = self.open.remove(&id) {
+                    self.check(&channel);
+                    self.closing.push(channel);
+                }
+                if let Some(provider) = self.providers.get_mut(&id) {
+                    provider.closed();
+                }
+            }
+            Event::GpadlTornDown(handle) => {
+                let (gone, rest): (Vec<_>, Vec<_>) = core::mem::take(&mut self.closing)
+                    .into_iter()
+                    .partition(|channel| channel.opening.ring == handle);
+                self.closing = rest;
+                gone.iter().for_each(|channel| self.check(channel));
+            }
+            Event::Disconnected => {
+                let gone = core::mem::take(&mut self.closing);
+                gone.iter().for_each(|channel| self.check(channel));
+                let open = core::mem::take(&mut self.open);
+                open.values().for_each(|channel| self.check(channel));
+            }
+            Event::Dropped { reason, .. } => self.complaints.push(reason),
+            Event::Connected(_)
+            | Event::TargetVp { .. }
+            | Event::GpadlCreated(_)
+            | Event::Released(_) => {}
+        }
+    }
+
+    /// The guest cannot know yet that the host is done with the memory, so it must still have it.
+    fn check(&mut self, channel: &HostChannel) {
+        if !channel.guest_holds_memory() {
+            self.complaints
+                .push("ring memory was given back while the host had it");
+        }
+    }
+
+    fn open(&mut self, opening: Opening) {
+        let id = opening.channel;
+        let first = opening.pages.first();
+        let memory = self
+            .memory
+            .iter()
+            .find(|(page, weak)| Some(page) == first && weak.upgrade().is_some())
+            .and_then(|(_, weak)| weak.upgrade());
+        let channel = memory.and_then(|memory| HostChannel::new(opening, memory).ok());
+        let status = match (channel, self.providers.get_mut(&id)) {
+            (Some(mut channel), Some(provider)) if self.open_status.is_success() => {
+                let status = provider.opened(&mut channel);
+                if status.is_success() {
+                    self.open.insert(id, channel);
+                }
+                status
+            }
+            (Some(_), _) => self.open_status,
+            _ => Status::UNSUCCESSFUL,
+        };
+        self.server.finish_open(id, status);
+    }
+}
+
+impl Hypervisor for Machine {
+    fn post_message(&self, connection: ConnectionId, payload: &[u8]) -> Result<(), PostError> {
+        let now = self.time.load(Ordering::SeqCst);
+        for _ in 0..4 {
+            let status = self.host.lock().server.post(now, connection, payload);
+            match status {
+                HvStatus::SUCCESS => return Ok(()),
+                HvStatus::INVALID_CONNECTION_ID => return Err(PostError::InvalidConnection),
+                HvStatus::INSUFFICIENT_BUFFERS => {
+                    self.run_host();
+                }
+                HvStatus(other) => return Err(PostError::Status(other)),
+            }
+        }
+        Err(PostError::Busy)
+    }
+
+    fn signal_event(&self, connection: ConnectionId, flag: u16) {
+        self.signals.fetch_add(1, Ordering::SeqCst);
+        let mut host = self.host.lock();
+        let target = host
+            .open
+            .keys()
+            .copied()
+            .find(|id| host.server.event_connection(*id) == connection);
+        match target {
+            Some(id) if flag == 0 => {
+                host.signalled.insert(id);
+            }
+            Some(_) => host.complaints.push("an event flag other than 0"),
+            // A rescinded channel may be signalled until the guest knows.
+            None => {}
+        }
+    }
+
+    fn share_pages(&self, count: usize) -> Result<SharedPages, OutOfMemory> {
+        let mut host = self.host.lock();
+        if count > host.free_pages {
+            return Err(OutOfMemory { pages: count });
+        }
+        let first = self.next_page.fetch_add(count as u64 + 1, Ordering::SeqCst);
+        let first = PageNumber(first);
+        let pages = SharedPages::from_heap(first, count).ok_or(OutOfMemory { pages: count })?;
+        host.memory.push((first, pages.downgrade()));
+        Ok(pages)
+    }
+
+    fn reference_time(&self) -> u64 {
+        self.time.load(Ordering::SeqCst)
+    }
+
+    fn current_vp(&self) -> VpIndex {
+        VpIndex(0)
+    }
+
+    fn raise_to_dispatch(&self) -> Level {
+        if self.dispatch.swap(true, Ordering::SeqCst) {
+            Level::Dispatch
+        } else {
+            Level::Passive
+        }
+    }
+
+    fn lower(&self, level: Level) {
+        if level == Level::Passive {
+            self.dispatch.store(false, Ordering::SeqCst);
+            self.deliver();
+        }
+    }
+
+    fn request_work(&self) {
+        self.work_requests.fetch_add(1, Ordering::SeqCst);
+        self.work_requested.store(true, Ordering::SeqCst);
+    }
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Machine")
+    }
+}

@@ -1,0 +1,10 @@
+//! The whole guest stack on a whole host, in one process.
+
+#![allow(clippy::unwrap_used, unreachable_pub)]
+
+mod balloon;
+mod dispatcher;
+mod hosts;
+mod lifecycle;
+mod sending;
+mod support;
