@@ -5,7 +5,8 @@ use vmbus::bus::{
 };
 use vmbus::hypervisor::PostError;
 use vmbus::ids::{ChannelId, GpadlHandle, VpIndex};
-use vmbus::protocol::{Guid, MessageType, Status, Version, interface};
+use vmbus::protocol::message::{OpenChannel, OpenChannelResult};
+use vmbus::protocol::{Body, Guid, MessageType, Payload, Status, Version, interface};
 use vmbus_host::bus::{Device, Event as HostEvent, Fault, Profile, Rule};
 
 use crate::world::{PROFILES, SECOND, World, parameters};
@@ -504,4 +505,65 @@ fn a_rescinded_channel_takes_nothing_new() {
     );
     assert_eq!(world.bus.violations(), 0);
     assert!(!world.server.rescind(channel), "there is no second rescind");
+}
+
+/// The answer to an opening that was given up does not count for the next one.
+#[test]
+fn answers_are_told_apart_by_their_open_id() {
+    let (mut world, channel, ring) = with_ring(Profile::openvmm());
+    let mut posted = Vec::new();
+    for attempt in 0..2 {
+        world
+            .bus
+            .open(world.now, channel, &parameters(ring))
+            .unwrap();
+        let open = world.bus.poll_message().unwrap().payload;
+        posted.push(OpenChannel::parse(&open).unwrap().0.open_id);
+        if attempt == 0 {
+            world.now = world.bus.deadline().unwrap();
+            world.bus.tick(world.now);
+            let result = Err(OpenError::NoReply);
+            assert_eq!(
+                world.bus.poll_event(),
+                Some(Event::Opened { channel, result })
+            );
+            let close = world.bus.poll_message().unwrap().payload;
+            assert_eq!(close.message_type(), MessageType::CLOSE_CHANNEL);
+        }
+    }
+    let result = |open_id| {
+        Payload::new(&OpenChannelResult {
+            channel: channel.0.into(),
+            open_id,
+            status: 0.into(),
+        })
+    };
+    world.bus.receive(world.now, &result(posted[0]));
+    assert_eq!(world.bus.poll_event(), None, "late, and no violation");
+    world.bus.receive(world.now, &result(77.into()));
+    assert_eq!(world.bus.violations(), 1, "never asked for");
+    world.bus.poll_event().unwrap();
+    world.bus.receive(world.now, &result(posted[1]));
+    assert_eq!(
+        world.bus.poll_event(),
+        Some(Event::Opened {
+            channel,
+            result: Ok(())
+        })
+    );
+    assert_eq!(world.bus.poll_message(), None);
+}
+
+#[test]
+fn rescind_ends_the_wait_for_an_overdue_teardown() {
+    let (mut world, channel, ring) = with_ring(Profile::openvmm());
+    world
+        .server
+        .inject(Rule::once(MessageType::GPADL_TEARDOWN, Fault::Drop));
+    world.bus.teardown_gpadl(world.now, ring).unwrap();
+    world.wait(|event| *event == Event::Violation(Violation::TeardownOverdue(ring)));
+    assert_eq!(world.bus.deadline(), None);
+    world.server.rescind(channel);
+    world.wait(|event| *event == Event::GpadlTornDown(ring));
+    world.bus.release(channel).unwrap();
 }

@@ -4,7 +4,8 @@ use proptest::prelude::*;
 use vmbus::bus::{Error, Event, GpaRange, GpadlError, MAX_PAGES, Violation};
 use vmbus::hypervisor::PostError;
 use vmbus::ids::{ChannelId, GpadlHandle, PageNumber};
-use vmbus::protocol::{MessageType, Status, interface};
+use vmbus::protocol::message::GpadlCreated;
+use vmbus::protocol::{MessageType, Payload, Status, interface};
 use vmbus_host::bus::{Event as HostEvent, Fault, Profile, Rule};
 
 use crate::world::{PROFILES, SECOND, World, pages};
@@ -253,8 +254,6 @@ fn answers_that_nobody_asked_for_are_violations() {
 
 #[test]
 fn success_before_the_last_body_is_a_violation() {
-    use vmbus::protocol::Payload;
-    use vmbus::protocol::message::GpadlCreated;
     let (mut world, channel) = scsi(Profile::openvmm());
     let handle = world.start_gpadl(channel, 100);
     let first = world.bus.poll_message().unwrap();
@@ -281,4 +280,28 @@ fn success_before_the_last_body_is_a_violation() {
             .iter()
             .any(|event| matches!(event, HostEvent::Dropped { .. }))
     );
+}
+
+#[test]
+fn a_gpadl_that_is_gone_is_not_posted_again() {
+    let (mut world, channel) = scsi(Profile::openvmm());
+    let handle = world.start_gpadl(channel, 100);
+    world.bus.poll_message().unwrap();
+    let refused = Payload::new(&GpadlCreated {
+        channel: channel.0.into(),
+        gpadl: handle.0.into(),
+        status: 1.into(),
+    });
+    world.bus.receive(world.now, &refused);
+    world
+        .bus
+        .message_refused(world.now, PostError::InvalidConnection);
+    let result = Err(GpadlError::Refused(Status(1)));
+    assert_eq!(
+        world.bus.poll_event(),
+        Some(Event::GpadlCreated { handle, result })
+    );
+    world.rest();
+    assert_eq!(world.posted_count(MessageType::GPADL_HEADER), 0);
+    assert_eq!(world.posted_count(MessageType::GPADL_BODY), 0);
 }
