@@ -17,7 +17,7 @@ use crate::protocol::{FeatureFlags, MAX_PAYLOAD, Version};
 use crate::sync::DispatchLock;
 
 /// Messages that may wait for [`Vmbus::run_work`].
-const INBOX: usize = 32;
+const INBOX: usize = 16;
 
 /// The VMBus of this partition.
 ///
@@ -43,8 +43,6 @@ pub struct Vmbus {
 struct Progress {
     /// The change that async code has been woken for.
     woken: u64,
-    /// All channels have been prepared, and the bus is being left.
-    unloading: bool,
 }
 
 /// How the connection stands.
@@ -315,7 +313,7 @@ impl Vmbus {
         loop {
             let mut busy = self.receive_messages();
             busy |= self.handle_events();
-            busy |= self.step_channels(progress);
+            busy |= self.step_channels();
             busy |= self.post_messages();
             if !busy {
                 break;
@@ -374,7 +372,7 @@ impl Vmbus {
         match event {
             Event::Connected { version, features } => {
                 // The host has dropped what it knew of an earlier connection.
-                self.disconnected(true);
+                self.disconnected(true, |channel| channel.bound_to().is_some());
                 *self.connection.lock() = ConnectionState::Connected {
                     version,
                     features,
@@ -383,7 +381,7 @@ impl Vmbus {
                 self.client.notify();
             }
             Event::ConnectFailed(error) => {
-                self.disconnected(false);
+                self.disconnected(false, |channel| channel.bound_to().is_some());
                 *self.connection.lock() = ConnectionState::Failed(error);
                 self.client.notify();
             }
@@ -432,7 +430,7 @@ impl Vmbus {
             // Nobody moves channels to other VPs yet.
             Event::TargetVpModified { .. } => {}
             Event::Unloaded { acknowledged } => {
-                self.disconnected(acknowledged);
+                self.disconnected(acknowledged, |_| true);
                 *self.connection.lock() = ConnectionState::Unloaded { acknowledged };
                 self.client.notify();
             }
@@ -440,21 +438,18 @@ impl Vmbus {
         }
     }
 
-    /// Ends every channel that was bound, after the connection has gone.
-    fn disconnected(&self, acknowledged: bool) {
-        for channel in self.channels() {
-            if channel.bound_to().is_some() {
-                channel.on_disconnected(&self.bus, acknowledged);
-            }
+    /// Ends channels after the connection has gone.
+    fn disconnected(&self, acknowledged: bool, ends: impl Fn(&Channel) -> bool) {
+        for channel in self.channels().iter().filter(|channel| ends(channel)) {
+            channel.on_disconnected(&self.bus, acknowledged);
         }
         if acknowledged {
             self.inner().kept.lock().clear();
         }
     }
 
-    fn step_channels(&self, progress: &mut Progress) -> bool {
-        if self.unload_requested.swap(false, Ordering::SeqCst) && !progress.unloading {
-            progress.unloading = true;
+    fn step_channels(&self) -> bool {
+        if self.unload_requested.swap(false, Ordering::SeqCst) {
             for channel in self.channels() {
                 channel.prepare_unload(&self.bus);
             }

@@ -214,6 +214,8 @@ impl Channel {
         if let Some(post_started) = &callbacks.post_started {
             post_started(self);
         }
+        // Whoever wanted it closed while it was being opened has not been heard yet.
+        shared.client.request_attention();
     }
 
     /// The host took the device away.

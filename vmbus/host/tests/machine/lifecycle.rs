@@ -238,6 +238,72 @@ fn unloading_while_a_channel_is_being_opened() {
 }
 
 #[test]
+fn unloading_ends_channels_that_still_wait_for_an_offer() {
+    let (vm, _) = Vm::with_device();
+    let builder = Journal::default()
+        .builder(|_, packet| packet.complete(&[]))
+        .instance(Guid::ZERO);
+    let channel = vm.enable(&builder);
+    assert_eq!(channel.channel().state(), State::Enabled);
+    vm.vmbus.begin_unload();
+    vm.machine.settle();
+    assert_eq!(channel.channel().state(), State::Disabled);
+}
+
+#[test]
+fn a_channel_that_is_disabled_while_it_opens_is_closed_again() {
+    let journal = Journal::default();
+    let builder = journal.builder(|_, packet| packet.complete(&[]));
+    // At once: nothing has been asked of the host.
+    let (vm, _) = Vm::with_device();
+    let channel = builder.enable(vm.vmbus.client()).unwrap();
+    channel.disable();
+    vm.machine.settle();
+    assert_eq!(channel.channel().state(), State::Disabled);
+    assert_eq!(journal.take(), []);
+    for message in [MessageType::GPADL_CREATED, MessageType::OPEN_CHANNEL_RESULT] {
+        let (vm, _) = Vm::with_device();
+        vm.machine
+            .server(|server| server.inject(Rule::once(message, Fault::Delay(SECOND))));
+        let channel = vm.enable(&builder);
+        channel.disable();
+        vm.machine.settle();
+        assert_eq!(channel.channel().state(), State::Enabled);
+        vm.machine.advance(2 * SECOND);
+        assert_eq!(channel.channel().state(), State::Disabled, "{message:?}");
+        assert_eq!(vm.machine.shared_runs(), 0);
+        vm.assert_well_behaved();
+    }
+}
+
+#[test]
+fn a_guest_that_has_left_can_come_back() {
+    let (vm, _) = Vm::with_device();
+    let builder = Journal::default().builder(|_, packet| packet.complete(&[]));
+    for _ in 0..3 {
+        let channel = vm.enable(&builder);
+        assert!(is_active(&channel));
+        vm.vmbus.begin_unload();
+        vm.machine.settle();
+        assert_eq!(channel.channel().state(), State::Disabled);
+        assert_eq!(vm.machine.shared_runs(), 0);
+        vm.connect();
+    }
+}
+
+#[test]
+fn a_new_contact_ends_the_channels_of_the_old_one() {
+    let (vm, _) = Vm::with_device();
+    let builder = Journal::default().builder(|_, packet| packet.complete(&[]));
+    let channel = vm.enable(&builder);
+    vm.connect();
+    assert_eq!(channel.channel().state(), State::Disabled);
+    assert_eq!(vm.machine.shared_runs(), 0);
+    assert!(is_active(&vm.enable(&builder)));
+    vm.assert_well_behaved();
+}
+
+#[test]
 fn an_opened_callback_can_refuse() {
     let (vm, id) = Vm::with_device();
     let journal = Journal::default();

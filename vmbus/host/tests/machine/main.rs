@@ -7,4 +7,5 @@ mod dispatcher;
 mod hosts;
 mod lifecycle;
 mod sending;
+mod simulation;
 mod support;
