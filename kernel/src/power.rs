@@ -17,6 +17,9 @@ const PANIC: u64 = 0x454E_0002;
 /// Crash parameter 0 of an exception is this plus its vector.
 const EXCEPTION: u64 = 0x454E_0100;
 
+/// How long a machine may take to power off, in cycles of the time stamp counter: one to four seconds.
+const PATIENCE_CYCLES: u64 = 4_000_000_000;
+
 /// What to do once a failure was reported.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
@@ -93,7 +96,7 @@ fn report(code: u64, state: Option<&CrashState>, text: &dyn fmt::Display) {
         Reported::Already => {}
         Reported::Parameters => println!("enlit: the host was told (crash code {code:#x})"),
         Reported::Text => {
-            println!("enlit: the host was told, with the text (crash code {code:#x})")
+            println!("enlit: the host was told, with the text (crash code {code:#x})");
         }
     }
 }
@@ -118,6 +121,11 @@ fn end_failed() -> ! {
 /// Powers off at once. Returns only if the machine has no way to do that.
 pub(crate) fn power_off_now() {
     acpi_tables::power_off();
+    // Some machines act on it a little later.
+    let start = cpu::time_stamp();
+    while cpu::time_stamp().wrapping_sub(start) < PATIENCE_CYCLES {
+        core::hint::spin_loop();
+    }
     println!("enlit: power-off did not work: ACPI names no usable sleep register");
 }
 

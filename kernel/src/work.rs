@@ -15,16 +15,19 @@ use crate::task::time;
 /// The most kinds of work there can be.
 const MAX: usize = 64;
 
+/// No time to queue an item at. Zero, so that the items take no room in the image's file.
+const NEVER: u64 = 0;
+
 static ITEMS: [Item; MAX] = [const {
     Item {
         run: Once::new(),
-        due: AtomicU64::new(u64::MAX),
+        due: AtomicU64::new(NEVER),
     }
 }; MAX];
 
 struct Item {
     run: Once<Registered>,
-    /// Reference time at which to queue it; `u64::MAX` = never.
+    /// Reference time at which to queue it; [`NEVER`] for not at all.
     due: AtomicU64,
 }
 
@@ -71,7 +74,7 @@ impl WorkItem {
     /// Queues it at `when`, in reference time, instead of at any other time asked for before;
     /// `None` takes that back.
     pub fn queue_at(self, when: Option<u64>) {
-        let when = when.unwrap_or(u64::MAX);
+        let when = when.map_or(NEVER, |when| when.max(1));
         if ITEMS[self.index].due.swap(when, Ordering::Relaxed) != when {
             time::reschedule();
         }
@@ -111,8 +114,11 @@ pub(crate) fn queue_due(now: u64) -> u64 {
         .take_while(|(_, item)| item.run.is_completed())
     {
         let due = item.due.load(Ordering::Relaxed);
+        if due == NEVER {
+            continue;
+        }
         if due <= now {
-            item.due.store(u64::MAX, Ordering::Relaxed);
+            item.due.store(NEVER, Ordering::Relaxed);
             WorkItem { index }.queue();
         } else {
             next = next.min(due);

@@ -79,7 +79,7 @@ fn show_bus(machine: &Machine) {
     let snapshot = machine.vmbus_snapshot();
     match &snapshot.connection {
         ConnectionState::Connected { version, .. } => {
-            row("VMBus", format_args!("version {version}"))
+            row("VMBus", format_args!("version {version}"));
         }
         other => row("VMBus", format_args!("{other:?}")),
     }

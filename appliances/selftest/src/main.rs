@@ -42,7 +42,7 @@ async fn main(machine: Machine) {
         other => panic!("there is no selftest={other}"),
     }
     println!("selftest: {name} passed");
-    machine.power_off().await
+    machine.power_off().await;
 }
 
 /// Runs `action` in an interrupt handler and waits until it has run.

@@ -7,7 +7,8 @@ use crate::memory::manager;
 
 /// The return addresses above the frame that `frame_pointer` points at, innermost first.
 ///
-/// Every step is checked: the chain must go up, in mapped memory, to addresses of kernel code.
+/// Every step is checked: the chain must go through mapped memory, to addresses of kernel code. It may go
+/// from one stack to another, so its length is limited as well.
 pub fn from_frame(frame_pointer: u64) -> impl Iterator<Item = u64> {
     let mut frame = frame_pointer;
     core::iter::from_fn(move || {
@@ -22,7 +23,7 @@ pub fn from_frame(frame_pointer: u64) -> impl Iterator<Item = u64> {
         if !image::is_code(address) {
             return None;
         }
-        frame = if next > frame { next } else { 0 };
+        frame = next;
         Some(address)
     })
     .take(64)
@@ -34,7 +35,7 @@ pub fn frame_pointer() -> u64 {
     let value;
     // SAFETY: copies a register.
     unsafe {
-        core::arch::asm!("mov {}, rbp", out(reg) value, options(nomem, nostack, preserves_flags))
+        core::arch::asm!("mov {}, rbp", out(reg) value, options(nomem, nostack, preserves_flags));
     };
     value
 }

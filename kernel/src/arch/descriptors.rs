@@ -39,7 +39,7 @@ unsafe impl Sync for Descriptors {}
 
 impl Descriptors {
     /// Descriptors that are not filled in yet.
-    pub const fn new() -> Self {
+    pub(super) const fn empty() -> Self {
         Self {
             gdt: UnsafeCell::new(GlobalDescriptorTable::new()),
             tss: UnsafeCell::new(TaskStateSegment::new()),
@@ -52,8 +52,10 @@ impl Descriptors {
     ///
     /// Called once, on the VP it is for, with stacks that nothing else uses.
     pub unsafe fn load(&'static self, stacks: [(StackSlot, u64); 3]) {
-        // SAFETY: the caller's promise: nothing has loaded these yet.
-        let (gdt, tss) = unsafe { (&mut *self.gdt.get(), &mut *self.tss.get()) };
+        // SAFETY: the caller's promise: nothing has loaded this yet.
+        let gdt = unsafe { &mut *self.gdt.get() };
+        // SAFETY: as above.
+        let tss = unsafe { &mut *self.tss.get() };
         for (slot, top) in stacks {
             tss.interrupt_stack_table[slot as usize - 1] = VirtAddr::new(top);
         }
@@ -61,8 +63,8 @@ impl Descriptors {
         let data = gdt.append(Descriptor::kernel_data_segment());
         // SAFETY: `self` is 'static.
         let tss_selector = gdt.append(unsafe { Descriptor::tss_segment_unchecked(self.tss.get()) });
-        // SAFETY: as above; the table stays as it is from here on.
-        unsafe { (*self.gdt.get()).load_unsafe() };
+        // SAFETY: `self` is 'static, and the table stays as it is from here on.
+        unsafe { gdt.load_unsafe() };
         // SAFETY: the selectors are the ones just made.
         unsafe { load_segments(code, data) };
         // SAFETY: the descriptor names a task state that stays in place.
@@ -76,12 +78,13 @@ impl Descriptors {
 /// The selectors name a 64-bit code and a data segment of the loaded table.
 unsafe fn load_segments(code: SegmentSelector, data: SegmentSelector) {
     // SAFETY: by the caller's promise.
-    unsafe {
-        CS::set_reg(code);
-        SS::set_reg(data);
-        DS::set_reg(data);
-        ES::set_reg(data);
-    }
+    unsafe { CS::set_reg(code) };
+    // SAFETY: as above.
+    unsafe { SS::set_reg(data) };
+    // SAFETY: as above.
+    unsafe { DS::set_reg(data) };
+    // SAFETY: as above.
+    unsafe { ES::set_reg(data) };
 }
 
 /// A gate of the table (AMD64 Architecture Programmer's Manual 2, section 4.8.4).

@@ -1,6 +1,7 @@
 //! Faults on purpose, for tests: each must end in a report.
 
 use core::ptr;
+use core::sync::atomic::AtomicU8;
 
 use super::paging::STACKS;
 use super::{image, physical};
@@ -24,10 +25,9 @@ pub fn write_code() {
 
 /// Runs instructions in the kernel's variables.
 pub fn run_data() {
-    static mut RETURN: [u8; 1] = [0xC3];
-    // SAFETY: the address is only turned into a function to be called, which faults.
-    let function: extern "sysv64" fn() =
-        unsafe { core::mem::transmute((&raw mut RETURN).cast::<u8>()) };
+    static RETURN: AtomicU8 = AtomicU8::new(0xC3);
+    // SAFETY: the function is called only here, and that faults.
+    let function: extern "sysv64" fn() = unsafe { core::mem::transmute(RETURN.as_ptr()) };
     function();
     panic!("data was run");
 }

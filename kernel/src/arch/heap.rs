@@ -39,7 +39,7 @@ pub(crate) fn init(bytes: usize) {
         ALLOCATOR
             .0
             .lock()
-            .init(ptr::with_exposed_provenance_mut(HEAP as usize), bytes)
+            .init(ptr::with_exposed_provenance_mut(HEAP as usize), bytes);
     };
 }
 

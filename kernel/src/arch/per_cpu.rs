@@ -44,7 +44,7 @@ impl PerCpu {
     const fn new() -> Self {
         Self {
             vp_index: AtomicU32::new(0),
-            descriptors: Descriptors::new(),
+            descriptors: Descriptors::empty(),
             interrupt_stack_top: AtomicU64::new(0),
             spurious_interrupts: AtomicU64::new(0),
             work: AtomicU64::new(0),

@@ -130,13 +130,11 @@ impl BootMemory {
     /// The storage, through the tables in force, which are our own.
     pub fn into_storage(self, words: usize) -> &'static mut [u64] {
         debug_assert_eq!(offset(), DIRECT_MAP);
+        let start = pointer::<u64>(self.start * FRAME_SIZE);
+        let room = ((self.next - self.start) * FRAME_SIZE / 8) as usize;
         // SAFETY: `claim` set these frames aside once and for all, with room for the words
         // that it was told; any bytes are words.
-        unsafe {
-            let start = pointer::<u64>(self.start * FRAME_SIZE);
-            let room = ((self.next - self.start) * FRAME_SIZE / 8) as usize;
-            core::slice::from_raw_parts_mut(start, words.min(room))
-        }
+        unsafe { core::slice::from_raw_parts_mut(start, words.min(room)) }
     }
 }
 
@@ -164,7 +162,7 @@ impl PhysicalMemory for LowMemory {
         for (i, byte) in destination.iter_mut().enumerate() {
             // SAFETY: the entry code's tables map the low 4 GiB at their own addresses, and
             // any byte there may be read (what is not RAM reads as something).
-            *byte = unsafe { source.add(i).read_volatile() };
+            *byte = unsafe { source.wrapping_add(i).read_volatile() };
         }
     }
 }

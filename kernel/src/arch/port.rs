@@ -10,7 +10,7 @@ pub fn write_u8(port: u16, value: u8) {
     // SAFETY: a port write cannot break memory safety by itself on a machine whose only devices
     // with access to memory are the host's.
     unsafe {
-        asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
+        asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags));
     };
 }
 
@@ -18,7 +18,7 @@ pub fn write_u8(port: u16, value: u8) {
 pub fn write_u16(port: u16, value: u16) {
     // SAFETY: as in `write_u8`.
     unsafe {
-        asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack, preserves_flags))
+        asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack, preserves_flags));
     };
 }
 
@@ -26,7 +26,7 @@ pub fn write_u16(port: u16, value: u16) {
 pub fn write_u32(port: u16, value: u32) {
     // SAFETY: as in `write_u8`.
     unsafe {
-        asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags))
+        asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags));
     };
 }
 
@@ -35,7 +35,7 @@ pub fn read_u16(port: u16) -> u16 {
     let value;
     // SAFETY: as in `write_u8`.
     unsafe {
-        asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack, preserves_flags))
+        asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack, preserves_flags));
     };
     value
 }

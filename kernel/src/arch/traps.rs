@@ -4,6 +4,7 @@
 //! interrupted state.
 
 use core::arch::{asm, global_asm};
+use core::mem::offset_of;
 use core::sync::atomic::Ordering;
 
 use x86_64::registers::control::Cr2;
@@ -47,7 +48,7 @@ pub struct TrapFrame {
     pub ss: u64,
 }
 
-// The stubs rely on this: 22 words keep the stack aligned to 16 bytes at the call.
+// The stubs rely on this: 22 words (and two more for the backtrace) keep the stack aligned to 16 bytes at the call.
 const _: () = assert!(size_of::<TrapFrame>() == 22 * 8);
 
 impl TrapFrame {
@@ -92,8 +93,12 @@ global_asm!(
     "push r15",
     "cld",
     "mov rdi, rsp",
-    "xor ebp, ebp", // a backtrace of the handler ends here; the report goes on with the frame's RBP
+    // As if the interrupted code had called: backtraces of a handler go on into it.
+    "push qword ptr [rdi + {rip}]",
+    "push rbp",
+    "mov rbp, rsp",
     "call {handle}",
+    "add rsp, 16",
     "pop r15",
     "pop r14",
     "pop r13",
@@ -114,6 +119,7 @@ global_asm!(
     ".popsection",
     vectors = const VECTORS,
     error_codes = const 1u64 << 8 | 0x1F << 10 | 1 << 17 | 1 << 21 | 1 << 29 | 1 << 30,
+    rip = const offset_of!(TrapFrame, rip),
     handle = sym handle,
 );
 
@@ -144,7 +150,7 @@ extern "sysv64" fn handle(frame: &mut TrapFrame) {
             cpu.interrupt_stack_top(),
             interrupt_on_own_stack,
             frame.vector,
-        )
+        );
     };
 }
 

@@ -23,7 +23,12 @@ impl RegionMap {
     /// A map with nothing in it.
     pub const fn new() -> Self {
         Self {
-            regions: [MemoryRegion::empty(); MAX_REGIONS],
+            // All zeros, so that a static map takes no room in the image's file.
+            regions: [MemoryRegion {
+                start: 0,
+                end: 0,
+                kind: MemoryRegionKind::Usable,
+            }; MAX_REGIONS],
             len: 0,
             dropped: 0,
         }

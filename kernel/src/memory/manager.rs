@@ -21,6 +21,9 @@ const LOW_MEMORY: u64 = 0x10_0000;
 /// Bytes of the main stack, on which `main` and all tasks run.
 pub(crate) const MAIN_STACK: u64 = 64 * 1024;
 
+/// The memory map, copied from the loader's.
+static MAP: Lock<RegionMap> = Lock::new(RegionMap::new());
+
 static MEMORY: Lock<Option<Memory>> = Lock::new(None);
 
 struct Memory {
@@ -70,7 +73,6 @@ impl fmt::Display for Error {
 
 /// Memory half taken over: our own tables are built but not in force.
 pub struct TakeOver {
-    map: RegionMap,
     boot: BootMemory,
     storage_words: usize,
 }
@@ -79,7 +81,7 @@ pub struct TakeOver {
 ///
 /// `regions` may lie in memory that the new tables do not map; it is copied.
 pub fn prepare(regions: &[MemoryRegion]) -> Result<(NewTables, TakeOver), Error> {
-    let mut map = RegionMap::new();
+    let mut map = MAP.lock();
     for region in regions {
         map.set(region.start, region.end, region.kind);
     }
@@ -104,7 +106,6 @@ pub fn prepare(regions: &[MemoryRegion]) -> Result<(NewTables, TakeOver), Error>
     Ok((
         tables,
         TakeOver {
-            map,
             boot,
             storage_words,
         },
@@ -113,8 +114,8 @@ pub fn prepare(regions: &[MemoryRegion]) -> Result<(NewTables, TakeOver), Error>
 
 /// The second half, on our own tables: whatever is not in use becomes free.
 pub fn complete(take_over: TakeOver, tables: &NewTables) {
+    let map = MAP.lock();
     let TakeOver {
-        map,
         boot,
         storage_words,
     } = take_over;
@@ -157,7 +158,7 @@ pub fn figures() -> Figures {
 pub fn share_pages(count: usize) -> Result<SharedPages, OutOfMemory> {
     let first = take_frames(count as u64, 1).ok_or(OutOfMemory { pages: count })?;
     Ok(physical::share(first, count, |_, first, count| {
-        give_back(first.0..first.0 + count as u64)
+        give_back(first.0..first.0 + count as u64);
     }))
 }
 
