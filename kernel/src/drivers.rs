@@ -165,6 +165,15 @@ pub(crate) async fn start(requires: &'static [Device]) -> Result<Machine, Error>
         }
     }
     milestone::reached("VMBus connected, offers known");
+    for info in vmbus.snapshot().offers {
+        let offer = info.offer;
+        let name = offer.interface_name().unwrap_or("unknown device");
+        log::debug!(
+            "vmbus: channel {} is {name} {}",
+            offer.channel,
+            offer.instance
+        );
+    }
     for device in required(requires) {
         wait_for(&vmbus, device).await?;
     }

@@ -158,7 +158,7 @@ impl Machine {
     }
 
     async fn leave(&self, what: &str) {
-        log::info!("machine: {what}: leaving VMBus");
+        log::info!("machine: leaving VMBus to {what}");
         let vmbus = self.vmbus();
         vmbus.begin_unload();
         let mut seen = vmbus.changes();

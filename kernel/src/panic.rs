@@ -8,7 +8,7 @@ use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use crate::arch::traps::TrapFrame;
-use crate::arch::{backtrace, cpu, per_cpu};
+use crate::arch::{backtrace, cpu, paging, per_cpu};
 use crate::power::{self, CrashState};
 use crate::{console, println};
 
@@ -49,6 +49,9 @@ pub(crate) fn exception(frame: &TrapFrame, fault_address: u64) -> ! {
         );
     } else if frame.error_code != 0 {
         println!("  error code {:#x}", frame.error_code);
+    }
+    if matches!(frame.vector, 8 | 14) && paging::is_stack_guard(fault_address) {
+        println!("  a stack has overflowed into its guard page");
     }
     println!(
         "  rip {:#018x}  rflags {:#010x}  cs {:#x}",

@@ -31,6 +31,11 @@ pub const STACKS: u64 = 0xFFFF_A000_0000_0000;
 /// Where the heap is mapped.
 pub const HEAP: u64 = 0xFFFF_B000_0000_0000;
 
+/// Whether an address lies among the stacks: a fault there has hit a guard page.
+pub(crate) fn is_stack_guard(address: u64) -> bool {
+    (STACKS..HEAP).contains(&address)
+}
+
 /// Where the hypercall page is mapped.
 const HYPERCALL_PAGE: u64 = 0xFFFF_C000_0000_0000;
 

@@ -88,13 +88,19 @@ impl Log for Logger {
         if self.enabled(record.metadata()) {
             let microseconds = clock::now() / 10;
             let (seconds, rest) = (microseconds / 1_000_000, microseconds % 1_000_000);
-            let target = record.target();
-            let subject = target.strip_prefix("enlit::").unwrap_or(target);
-            write(format_args!(
-                "[{seconds:4}.{rest:06}] {:5} {subject}: {}\n",
-                record.level(),
-                record.args()
-            ));
+            // Messages begin with their subject; the module is for those who look deeper.
+            match record.module_path() {
+                Some(module) if log::max_level() >= LevelFilter::Debug => write(format_args!(
+                    "[{seconds:4}.{rest:06}] {:5} {module}: {}\n",
+                    record.level(),
+                    record.args()
+                )),
+                _ => write(format_args!(
+                    "[{seconds:4}.{rest:06}] {:5} {}\n",
+                    record.level(),
+                    record.args()
+                )),
+            }
         }
     }
 

@@ -15,8 +15,8 @@ use crate::boot::regions::RegionMap;
 use crate::hyperv::{CodePage, Page};
 use crate::sync::Lock;
 
-/// Frames below this are left alone: firmware data, and where other VPs will start.
-const LOW_MEMORY: u64 = 0x10_0000;
+/// Frames below this are left alone: the firmware's data, and where other VPs will start.
+const LOW_MEMORY: u64 = 0x1_0000;
 
 /// Bytes of the main stack, on which `main` and all tasks run.
 pub(crate) const MAIN_STACK: u64 = 64 * 1024;
