@@ -320,6 +320,28 @@ fn scattered_memory_takes_several_messages() {
 }
 
 #[test]
+fn an_answer_longer_than_the_ring_waits_for_room() {
+    let setup = Setup::ready(Ram::scattered(64 * MIB));
+    setup.target(64 * MIB - 4000);
+    assert_eq!(setup.balloon.status().ballooned_pages, 4000);
+    assert_eq!(setup.provider.lock().balloon_responses(), 8);
+    setup.assert_agreement();
+}
+
+#[test]
+fn memory_too_scattered_to_keep_track_of_stays_with_the_guest() {
+    let setup = Setup::ready(Ram::scattered(128 * MIB));
+    setup.target(128 * MIB - 6000);
+    let status = setup.balloon.status();
+    assert_eq!(status.ballooned_pages, 4095);
+    assert!(status.partial_requests > 0);
+    setup.assert_agreement();
+    setup.target(128 * MIB);
+    assert_eq!(setup.balloon.status().ballooned_pages, 0);
+    setup.assert_agreement();
+}
+
+#[test]
 fn an_answer_of_exactly_two_messages() {
     let setup = Setup::ready(Ram::scattered(64 * MIB));
     setup.target(64 * MIB - 1020);

@@ -166,6 +166,37 @@ fn an_interrupt_during_a_passive_batch_is_neither_lost_nor_waited_for() {
 }
 
 #[test]
+fn an_interrupt_for_room_during_a_passive_batch_is_not_lost() {
+    let (vm, id) = Vm::with_device();
+    let vm = Arc::new(vm);
+    let host = Arc::downgrade(&vm);
+    let builder = Journal::default()
+        .builder(move |_, packet| {
+            packet.complete(&[]);
+            let vm = host.upgrade().unwrap();
+            let signals = vm.host(id, |host| {
+                received(host);
+                host.take_interrupt()
+            });
+            assert!(signals.is_some(), "the guest waits for room");
+            // The batch has looked at the send queue already, and will find the ring empty.
+            vm.machine.interrupt(id);
+        })
+        .ring_pages(1, 1)
+        .maximum_packet_size(2000)
+        .incoming_processing_at_passive();
+    let channel = vm.enable(&builder);
+    for _ in 0..3 {
+        channel.channel().send_message(&[0; 1900]).unwrap();
+    }
+    vm.machine.settle();
+    assert_eq!(channel.channel().counters().packets_sent, 2);
+    vm.send_all(id, [1]);
+    vm.machine.settle();
+    assert_eq!(channel.channel().counters().packets_sent, 3);
+}
+
+#[test]
 fn the_quota_stops_delivery_and_a_completion_goes_on() {
     let (vm, id) = Vm::with_device();
     let journal = Journal::default();
