@@ -9,6 +9,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
+    bench,
     guest::{self, Profile, Symboliser},
     image,
     machine::{Kind, process},
@@ -46,6 +47,8 @@ enum Command {
     /// Add functions and source lines to a guest's report, read from standard input
     #[command(long_about = SYMBOLISE)]
     Symbolise(What),
+    /// Measure what a boot costs
+    Bench(bench::Options),
 }
 
 const RUN: &str = "\
@@ -163,6 +166,7 @@ fn carry_out(command: Command) -> Result<ExitCode> {
         Command::Build(what) => build(&what),
         Command::Image(options) => image::run(&options),
         Command::Symbolise(what) => symbolise(&what),
+        Command::Bench(options) => bench::run(&options),
     }
 }
 

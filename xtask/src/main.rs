@@ -1,7 +1,9 @@
 //! `cargo xtask`: builds, images, runs, tests and measures guests.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod cli;
+mod console;
 mod floor;
 mod guest;
 mod image;

@@ -65,7 +65,8 @@ pub enum Request {
         /// Absolute path.
         path: String,
     },
-    /// Writes a file of the agent's system (a kernel control file).
+    /// Writes an existing file of the agent's system (a kernel control file);
+    /// what it held before goes.
     Write {
         /// Absolute path.
         path: String,

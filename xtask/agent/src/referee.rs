@@ -7,8 +7,15 @@
 use std::{
     fs,
     io::{self, Seek, SeekFrom, Write},
+    os::fd::OwnedFd,
     path::Path,
     thread,
+};
+
+use rustix::net::{
+    AddressFamily, RecvFlags, SocketType, bind,
+    netlink::{KOBJECT_UEVENT, SocketAddrNetlink},
+    recv, socket,
 };
 
 use crate::init::{load_modules, mount_all};
@@ -21,18 +28,34 @@ const MARK_BALLOON_OPEN: u8 = 3;
 
 pub(crate) fn role() -> io::Result<()> {
     mount_all(&[("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")])?;
+    // Devices are bound by a kernel thread of the bus, which is announced.
+    let changes = device_changes()?;
     load_modules()?;
-    // Binding is done within the module's registration, for every device that
-    // the bus has found by then; the bus module waits for the host's offers.
-    let bound = bound_devices()?;
-    if bound.is_empty() {
-        return Err(io::Error::other("hv_balloon has bound no device"));
-    }
+    let bound = loop {
+        let bound = bound_devices()?;
+        if !bound.is_empty() {
+            break bound;
+        }
+        let mut announcement = [0; 4096];
+        recv(&changes, &mut announcement, RecvFlags::empty())?;
+    };
     mark(MARK_BALLOON_OPEN)?;
     println!("referee: hv_balloon has bound {}", bound.join(" "));
     loop {
         thread::park();
     }
+}
+
+/// A socket with the kernel's announcements of device changes (netlink, group 1
+/// of kobject uevents).
+fn device_changes() -> io::Result<OwnedFd> {
+    let changes = socket(
+        AddressFamily::NETLINK,
+        SocketType::DGRAM,
+        Some(KOBJECT_UEVENT),
+    )?;
+    bind(&changes, &SocketAddrNetlink::new(0, 1))?;
+    Ok(changes)
 }
 
 fn bound_devices() -> io::Result<Vec<String>> {

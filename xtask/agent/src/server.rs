@@ -104,6 +104,7 @@ impl Server {
                 .map_err(|error| format!("cannot read {path}: {error}")),
             Request::Write { path, data } => fs::OpenOptions::new()
                 .write(true)
+                .truncate(true)
                 .open(&path)
                 .and_then(|mut file| file.write_all(&data))
                 .map_err(|error| format!("cannot write {path}: {error}")),

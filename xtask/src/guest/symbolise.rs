@@ -4,7 +4,10 @@ use std::{fs, ops::Range, path::Path};
 
 use addr2line::Loader;
 use anyhow::{Context, Result, anyhow};
-use object::{Object, ObjectSection, SectionKind};
+use object::{
+    LittleEndian, Object, ObjectSection, SectionKind,
+    read::elf::{ElfFile64, ProgramHeader},
+};
 use regex::Regex;
 
 /// Looks addresses up in an unstripped ELF.
@@ -12,6 +15,8 @@ pub struct Symboliser {
     loader: Loader,
     /// Where the program's code is.
     code: Vec<Range<u64>>,
+    /// Linked address less load address.
+    offset: u64,
     frame: Regex,
 }
 
@@ -20,14 +25,24 @@ impl Symboliser {
     pub fn open(symbols: &Path) -> Result<Self> {
         let read = || format!("cannot read {}", symbols.display());
         let bytes = fs::read(symbols).with_context(read)?;
-        let code = object::File::parse(&*bytes)
-            .with_context(read)?
+        let elf = ElfFile64::<LittleEndian>::parse(&*bytes).with_context(read)?;
+        let offset = elf
+            .elf_program_headers()
+            .iter()
+            .find(|header| header.p_type(LittleEndian) == object::elf::PT_LOAD)
+            .map_or(0, |header| {
+                header
+                    .p_vaddr(LittleEndian)
+                    .wrapping_sub(header.p_paddr(LittleEndian))
+            });
+        let code = elf
             .sections()
             .filter(|section| section.kind() == SectionKind::Text)
             .map(|section| section.address()..section.address() + section.size())
             .collect();
         Ok(Self {
             code,
+            offset,
             loader: Loader::new(symbols)
                 .map_err(|error| anyhow!("cannot read {}: {error}", symbols.display()))?,
             frame: Regex::new(r"#(\d+) +0x([0-9a-fA-F]{16})\b")?,
@@ -61,6 +76,40 @@ impl Symboliser {
         }
         let name = self.loader.find_symbol(address)?;
         Some(tidy(&demangle(name)))
+    }
+
+    /// The function that executes at `address`, and behind it the inlined one,
+    /// if the instruction is of one. An entry that still runs by physical
+    /// addresses is looked up where it is linked. Unknown ones are given as
+    /// numbers.
+    pub fn function_of_instruction(&self, address: u64) -> String {
+        let linked = if self.has(address) {
+            address
+        } else {
+            address.wrapping_add(self.offset)
+        };
+        let Some(outer) = self.function(linked) else {
+            return format!("{address:#x}");
+        };
+        match self.names(linked).first() {
+            Some(inner) if *inner != outer => format!("{outer} ({inner})"),
+            _ => outer,
+        }
+    }
+
+    /// Names of the functions at an address, from the innermost inlined one out.
+    fn names(&self, address: u64) -> Vec<String> {
+        let mut names = Vec::new();
+        if let Ok(mut frames) = self.loader.find_frames(address) {
+            while let Ok(Some(frame)) = frames.next() {
+                names.extend(
+                    frame
+                        .function
+                        .and_then(|function| Some(tidy(&function.demangle().ok()?))),
+                );
+            }
+        }
+        names
     }
 
     /// Function and place for an address, from the innermost inlined function

@@ -20,6 +20,7 @@ use anyhow::{Context, Result};
 use self::link::Link;
 pub use self::{
     config::{Accelerator, BALLOON_ID, Boot, VmConfig},
+    cpio::Archive,
     linux::Linux,
     nested::Clock,
     vm::{Ending, Vm},

@@ -115,11 +115,15 @@ impl Vm {
             }
             Some(Err(_)) => {
                 let ending = self.ending()?;
-                Err(anyhow!("{ending} before it printed {pattern:?}"))
+                Err(anyhow!(
+                    "{ending} before it printed {pattern:?}{}",
+                    self.last_words()
+                ))
             }
             None => Err(anyhow!(
-                "the guest did not print {pattern:?} within {} s",
-                limit.as_secs()
+                "the guest did not print {pattern:?} within {} s{}",
+                limit.as_secs(),
+                self.last_words()
             )),
         }
     }
@@ -149,6 +153,21 @@ impl Vm {
     /// The whole console so far.
     pub fn console(&self) -> String {
         self.now(|record| text(&record.console))
+    }
+
+    /// The console's last lines and QEMU's complaints, for a failure's message.
+    fn last_words(&self) -> String {
+        let console = self.console();
+        let lines: Vec<_> = console.lines().collect();
+        let last = lines
+            .get(lines.len().saturating_sub(8)..)
+            .unwrap_or_default();
+        let mut words = String::from("; its last lines:");
+        for line in last.iter().copied().chain(self.complaints().lines()) {
+            words.push_str("\n        ");
+            words.push_str(line);
+        }
+        words
     }
 
     /// What QEMU itself complained about so far.
