@@ -117,7 +117,10 @@ impl World {
             .maximum_packet_count(12)
             .process_packet_callbacks(
                 move |_, packet| {
-                    let n = number(packet.payload());
+                    let n = packet
+                        .payload()
+                        .first_chunk()
+                        .map_or(1, |bytes| u64::from_le_bytes(*bytes));
                     if n % 7 == 3 && packet.level() == Level::Dispatch {
                         return packet.defer_to_passive();
                     }
@@ -359,6 +362,107 @@ proptest! {
         }
         world.settle_and_check();
         world.end(false);
+        world.vm.assert_well_behaved();
+    }
+}
+
+/// What a host can do that keeps to no rule.
+#[derive(Clone, Debug)]
+enum Attack {
+    /// Bytes anywhere in the ring memory.
+    Write {
+        offset: usize,
+        bytes: Vec<u8>,
+    },
+    /// A number in a field of either control page.
+    Control {
+        incoming: bool,
+        field: usize,
+        value: u32,
+    },
+    /// An honest packet.
+    Send(u64),
+    /// A completion of whatever id.
+    Complete(u64),
+    Interrupt,
+    GuestSend(bool),
+    Settle,
+}
+
+fn attack() -> impl Strategy<Value = Attack> {
+    let byte = prop_oneof![Just(0u8), 0u8..12, any::<u8>()];
+    let value = prop_oneof![
+        any::<u32>(),
+        (0u32..600).prop_map(|n| n * 8),
+        Just(4096),
+        Just(u32::MAX)
+    ];
+    prop_oneof![
+        2 => (0usize..4 * 4096 - 64, proptest::collection::vec(byte, 1..64))
+            .prop_map(|(offset, bytes)| Attack::Write { offset, bytes }),
+        2 => (any::<bool>(), prop_oneof![Just(0usize), Just(4), Just(8), Just(12), Just(64)], value)
+            .prop_map(|(incoming, field, value)| Attack::Control { incoming, field, value }),
+        3 => any::<u64>().prop_map(Attack::Send),
+        1 => prop_oneof![any::<u64>(), (0u64..4, 0u64..16).prop_map(|(g, s)| g << 32 | s)]
+            .prop_map(Attack::Complete),
+        4 => Just(Attack::Interrupt),
+        4 => any::<bool>().prop_map(Attack::GuestSend),
+        3 => Just(Attack::Settle),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(600))]
+
+    /// A host that writes anything anywhere at any time ends the channel at worst: nothing panics or hangs,
+    /// every packet of the guest ends exactly once, and the memory comes back.
+    #[test]
+    fn a_lawless_host_ends_the_channel_at_worst(
+        attacks in proptest::collection::vec(attack(), 0..80),
+    ) {
+        let mut world = World::new();
+        for attack in attacks {
+            let id = world.id;
+            match attack {
+                Attack::Write { offset, bytes } => {
+                    world.vm.machine.channel(id, |host| {
+                        host.memory().write(offset, &bytes).unwrap();
+                    });
+                }
+                Attack::Control { incoming, field, value } => {
+                    let page = if incoming { 2 * 4096 } else { 0 };
+                    world.vm.machine.channel(id, |host| {
+                        host.memory().write(page + field, &value.to_le_bytes()).unwrap();
+                    });
+                }
+                Attack::Send(n) => {
+                    world.vm.machine.channel(id, |host| {
+                        let _ = host.send(&Outgoing::in_band([&n.to_le_bytes(), &[]]));
+                    });
+                }
+                Attack::Complete(n) => {
+                    world.vm.machine.channel(id, |host| {
+                        let _ = host.send(&Outgoing::completion(n, &[]));
+                    });
+                }
+                Attack::Interrupt => world.vm.machine.interrupt(id),
+                Attack::GuestSend(transaction) => {
+                    world.play(&Step::GuestSend { count: 1, words: 30, transaction });
+                }
+                Attack::Settle => world.vm.machine.settle(),
+            }
+        }
+        world.vm.machine.settle();
+        world.channel.disable();
+        world.vm.machine.settle();
+        let held = std::mem::take(&mut world.tally.lock().unwrap().held);
+        for packet in held {
+            packet.complete(&[]);
+        }
+        world.vm.machine.settle();
+        prop_assert_eq!(world.channel.channel().state(), State::Disabled);
+        world.check_ends(&world.tally.lock().unwrap());
+        prop_assert_eq!(world.vm.machine.shared_runs(), 0);
         world.vm.assert_well_behaved();
     }
 }

@@ -584,3 +584,124 @@ pub fn floor(total: u64) -> u64 {
     // A guest smaller than the smallest floor keeps all it has.
     (kept * MIB).min(total)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::cell::RefCell;
+    use proptest::prelude::*;
+    use spin::Mutex;
+    use std::collections::BTreeSet;
+    use std::vec::Vec;
+
+    /// Pages `0..TOTAL`, all free at first.
+    struct Ram(Mutex<RefCell<BTreeSet<u64>>>);
+
+    const TOTAL: u64 = 8192;
+
+    impl GuestMemory for Ram {
+        fn figures(&self) -> Figures {
+            Figures {
+                total: TOTAL,
+                free: self.0.lock().borrow().len() as u64,
+                committed: 0,
+                reserve: 16,
+            }
+        }
+
+        fn take(&self, wanted: u64, block: u64) -> Option<PageRange> {
+            let ram = self.0.lock();
+            let mut free = ram.borrow_mut();
+            let whole = |page: &u64| {
+                page.is_multiple_of(block)
+                    && free.range(*page..page + block).count() as u64 == block
+            };
+            let first = free.iter().copied().find(whole)?;
+            let count = block.min(wanted);
+            for page in first..first + count {
+                free.remove(&page);
+            }
+            Some(PageRange { first, count })
+        }
+
+        fn give_back(&self, range: PageRange) {
+            let ram = self.0.lock();
+            for page in range.first..range.first + range.count {
+                assert!(ram.borrow_mut().insert(page), "page {page} was not taken");
+            }
+        }
+    }
+
+    fn message() -> impl Strategy<Value = Vec<u8>> {
+        let range = (0..TOTAL, 0u64..600).prop_map(|(first, count)| first | count << 40);
+        let word = prop_oneof![any::<u64>(), 0u64..9000, range];
+        let honest = (1u16..15, 0u32..6, proptest::collection::vec(word, 0..8)).prop_map(
+            |(kind, id, words)| {
+                let mut bytes = kind.to_le_bytes().to_vec();
+                bytes.extend_from_slice(&(8 + 8 * words.len() as u16).to_le_bytes());
+                bytes.extend_from_slice(&id.to_le_bytes());
+                words
+                    .iter()
+                    .for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
+                bytes
+            },
+        );
+        prop_oneof![
+            8 => honest,
+            1 => proptest::collection::vec(any::<u8>(), 0..64),
+        ]
+    }
+
+    proptest! {
+        /// Whatever the host says: no page is lost or given twice, the floor holds, and every message is
+        /// well-formed.
+        #[test]
+        fn any_messages_at_all(
+            ready in any::<bool>(),
+            messages in proptest::collection::vec((message(), 0usize..3), 0..60),
+        ) {
+            let memory = Ram(Mutex::new(RefCell::new((0..TOTAL).collect())));
+            let mut protocol = Protocol::new();
+            let mut buffer = [0; MAX_MESSAGE];
+            let mut now = 0;
+            protocol.start(now);
+            if ready {
+                protocol.phase = Phase::Ready;
+                protocol.output.clear();
+            }
+            for (bytes, polls) in messages {
+                protocol.receive(now, &bytes, &memory);
+                for _ in 0..polls {
+                    if let Some(message) = protocol.poll_message(now, &memory, &mut buffer) {
+                        let (header, _) = message::parse(message).unwrap();
+                        prop_assert_eq!(usize::from(header.size.get()), message.len());
+                    }
+                }
+                now += SECOND / 4;
+                protocol.tick(now);
+                let held = protocol.status().ballooned_pages;
+                prop_assert_eq!(held + memory.figures().free, TOTAL);
+                prop_assert!(TOTAL - held >= floor(TOTAL));
+                prop_assert!(protocol.output.len() <= MAX_REQUESTS + 2);
+            }
+        }
+    }
+
+    #[test]
+    fn pages_in_a_message_that_was_not_sent_go_back() {
+        let memory = Ram(Mutex::new(RefCell::new((0..TOTAL).collect())));
+        let mut protocol = Protocol::new();
+        protocol.phase = Phase::Ready;
+        let mut buffer = [0; MAX_MESSAGE];
+        protocol.answer(Output::Balloon {
+            transaction_id: 1,
+            wanted: 700,
+            left: 700,
+        });
+        let message = protocol.poll_message(0, &memory, &mut buffer).unwrap();
+        assert_eq!(memory.figures().free, TOTAL - 700);
+        protocol.not_sent(message, &memory);
+        assert_eq!(memory.figures().free, TOTAL);
+        assert_eq!(protocol.status().ballooned_pages, 0);
+    }
+}

@@ -1,0 +1,116 @@
+//! In steady state packets travel without a single allocation.
+
+#![allow(clippy::unwrap_used)]
+
+use std::sync::{Arc, Mutex};
+
+use vmbus::Vmbus;
+use vmbus::bus::Config;
+use vmbus::ids::ChannelId;
+use vmbus::kmcl::{ChannelBuilder, OutgoingPacket};
+use vmbus::protocol::Guid;
+use vmbus::ring::{Outgoing, PacketBuffer};
+use vmbus_host::bus::{Device, Profile};
+use vmbus_host::channel::HostChannel;
+use vmbus_host::machine::{Guest, Machine, Manual};
+
+const INTERFACE: Guid = Guid::literal("11111111-2222-3333-4444-555555555555");
+
+struct GuestEnd(Arc<Vmbus>);
+
+impl Guest for GuestEnd {
+    fn on_message(&self, payload: &[u8]) -> bool {
+        self.0.on_message(payload)
+    }
+
+    fn on_event(&self, channel: ChannelId) {
+        self.0.on_event(channel);
+    }
+
+    fn run_work(&self) {
+        self.0.run_work();
+    }
+
+    fn deadline(&self) -> Option<u64> {
+        self.0.deadline()
+    }
+}
+
+/// Reads everything, answers what wants an answer, and sends a packet of its own that wants one.
+fn host_turn(host: &mut HostChannel, packet: &mut PacketBuffer) {
+    while host.receive(packet).unwrap() {
+        if packet.completion_requested() {
+            let answer = Outgoing::completion(packet.transaction_id(), &[7; 16]);
+            host.push(&answer).unwrap();
+        }
+    }
+    host.release().unwrap();
+    for _ in 0..4 {
+        let event = Outgoing::in_band([&[1; 100], &[]]);
+        host.push(&event.with_completion(9)).unwrap();
+    }
+    host.publish().unwrap();
+}
+
+#[test]
+fn packets_both_ways_allocate_nothing_once_they_have_flowed() {
+    let machine = Machine::new(Profile::openvmm());
+    let vmbus = Vmbus::new(machine.clone(), Config::default());
+    machine.attach(Arc::new(GuestEnd(vmbus.clone())));
+    let id = machine
+        .add(Device::new(INTERFACE, INTERFACE), Manual)
+        .unwrap();
+    vmbus.connect();
+    machine.settle();
+
+    // Packets that have come back are sent again.
+    let idle: Arc<Mutex<Vec<OutgoingPacket>>> = Arc::new(Mutex::new(Vec::with_capacity(16)));
+    let channel = ChannelBuilder::new(INTERFACE)
+        .ring_pages(1, 1)
+        .process_packet_callbacks(|_, packet| packet.complete(&[2; 40]), |_, _| {})
+        .enable(vmbus.client())
+        .unwrap();
+    machine.settle();
+    for _ in 0..8 {
+        let mut packet = channel.channel().allocate_packet().unwrap();
+        let back = idle.clone();
+        packet.set_completion_routine(Arc::new(move |packet, _| {
+            back.lock().unwrap().push(packet);
+        }));
+        idle.lock().unwrap().push(packet);
+    }
+
+    let mut buffer = PacketBuffer::default();
+    let mut round = || {
+        // More than fits, so that some wait for room.
+        loop {
+            let packet = idle.lock().unwrap().pop();
+            let Some(packet) = packet else {
+                break;
+            };
+            packet.send_transaction(&[3; 700]).unwrap();
+        }
+        // The queue is served as from the interrupt.
+        machine
+            .channel(id, |host| host_turn(host, &mut buffer))
+            .unwrap();
+        machine
+            .channel(id, |host| host_turn(host, &mut buffer))
+            .unwrap();
+    };
+    for _ in 0..10 {
+        round();
+    }
+    let one = allocation_counter::measure(|| drop(std::hint::black_box(Box::new(1))));
+    assert_eq!(one.count_total, 1, "the counter counts");
+    let info = allocation_counter::measure(|| {
+        for _ in 0..1000 {
+            round();
+        }
+    });
+    let counters = channel.channel().counters();
+    assert!(counters.packets_received > 8000, "{counters:?}");
+    assert!(counters.completions_received > 4000, "{counters:?}");
+    assert!(counters.ring_full_waits > 500, "{counters:?}");
+    assert_eq!(info.count_total, 0, "{counters:?}");
+}
