@@ -6,16 +6,19 @@
 
 #![cfg_attr(not(test), no_std)]
 #![deny(unsafe_code)]
+// Other targets build the parts that know no machine, for their tests.
+#![cfg_attr(not(target_os = "none"), allow(dead_code))]
 
 extern crate alloc;
 
 #[cfg(target_os = "none")]
 mod acpi_tables;
 #[cfg(target_os = "none")]
-pub mod arch;
-pub mod boot;
-pub mod command_line;
+mod arch;
+mod boot;
+mod command_line;
 #[cfg(target_os = "none")]
+#[doc(hidden)]
 pub mod console;
 #[cfg(target_os = "none")]
 mod drivers;
@@ -24,9 +27,9 @@ pub mod hyperv;
 pub mod interrupt;
 #[cfg(target_os = "none")]
 mod machine;
-pub mod memory;
+mod memory;
 #[cfg(target_os = "none")]
-pub mod milestone;
+mod milestone;
 #[cfg(target_os = "none")]
 mod panic;
 #[cfg(target_os = "none")]
@@ -36,7 +39,7 @@ pub mod power;
 #[cfg(target_os = "none")]
 #[doc(hidden)]
 pub mod selftest;
-pub mod sleep_states;
+mod sleep_states;
 #[cfg(target_os = "none")]
 mod start;
 #[cfg(target_os = "none")]
@@ -47,9 +50,14 @@ pub mod task;
 pub mod work;
 
 #[cfg(target_os = "none")]
+pub use arch::apic::Access as ApicAccess;
+pub use command_line::{BadValue, CommandLine};
+#[cfg(target_os = "none")]
 pub use drivers::Device;
 #[cfg(target_os = "none")]
-pub use machine::Machine;
+pub use machine::{Interrupts, Machine, Memory};
+#[cfg(target_os = "none")]
+pub use milestone::Milestone;
 #[doc(hidden)]
 #[cfg(target_os = "none")]
 pub use start::run;

@@ -1,6 +1,6 @@
 //! Where the machine first runs kernel code: the PVH, Linux and hand-over entries.
 //!
-//! All three end in [`start`](crate::start::start) with a [`BootInfo`], a command line and a
+//! All three end in `start::start` with a [`BootInfo`], a command line and a
 //! temporary stack; what they are given is in `handover`'s documentation and spec boot.md B2, B3.
 //!
 //! PVH and Linux arrive without page tables that are ours. Both build the same temporary ones:

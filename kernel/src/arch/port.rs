@@ -30,16 +30,6 @@ pub fn write_u32(port: u16, value: u32) {
     };
 }
 
-/// Reads 16 bits.
-pub fn read_u16(port: u16) -> u16 {
-    let value;
-    // SAFETY: as in `write_u8`.
-    unsafe {
-        asm!("in ax, dx", in("dx") port, out("ax") value, options(nomem, nostack, preserves_flags));
-    };
-    value
-}
-
 /// Writes bytes one after another to one port: one VM exit for all of them, where the host
 /// emulates string output as one operation.
 pub fn write_bytes(port: u16, bytes: &[u8]) {

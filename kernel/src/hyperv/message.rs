@@ -2,7 +2,7 @@
 //! tlfs.md 5.1 and 5.2).
 //!
 //! The slot holds one message; while it is full the hypervisor queues the next ones and sets a
-//! flag in the slot. The order of the steps in [`take`] is what keeps the queue moving.
+//! flag in the slot. The order of the steps in `take` is what keeps the queue moving.
 
 #![forbid(unsafe_code)]
 

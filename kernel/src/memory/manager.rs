@@ -11,8 +11,9 @@ use super::FRAME_SIZE;
 use super::frames::Frames;
 use crate::arch::paging::{self, AddressSpace, FrameSource, NewTables};
 use crate::arch::physical::{self, BootMemory};
-use crate::boot::regions::RegionMap;
+use crate::boot::regions::{MAX_REGIONS, RegionMap};
 use crate::hyperv::{CodePage, Page};
+use crate::println;
 use crate::sync::Lock;
 
 /// Frames below this are left alone: the firmware's data, and where other VPs will start.
@@ -115,6 +116,12 @@ pub fn prepare(regions: &[MemoryRegion]) -> Result<(NewTables, TakeOver), Error>
 /// The second half, on our own tables: whatever is not in use becomes free.
 pub fn complete(take_over: TakeOver, tables: &NewTables) {
     let map = MAP.lock();
+    if map.dropped() > 0 {
+        println!(
+            "enlit: the memory map has more than {MAX_REGIONS} regions; {} are left out",
+            map.dropped()
+        );
+    }
     let TakeOver {
         boot,
         storage_words,
