@@ -30,21 +30,6 @@ pub fn write_u32(port: u16, value: u32) {
     };
 }
 
-/// Writes bytes one after another to one port: one VM exit for all of them, where the host
-/// emulates string output as one operation.
-pub fn write_bytes(port: u16, bytes: &[u8]) {
-    // SAFETY: the processor reads exactly the slice's bytes; for the port as in `write_u8`.
-    unsafe {
-        asm!(
-            "rep outsb",
-            in("dx") port,
-            inout("rsi") bytes.as_ptr() => _,
-            inout("rcx") bytes.len() => _,
-            options(readonly, nostack, preserves_flags),
-        );
-    }
-}
-
 /// The serial port at this base, for the console alone.
 pub fn serial(base: u16) -> Uart16550<PioBackend> {
     // SAFETY: port accesses cannot break memory safety here, see `write_u8`.
