@@ -58,7 +58,7 @@ pub struct VmConfig {
 pub const DEBUG_EXIT: u16 = 0xf4;
 
 /// Id of the balloon device.
-pub const BALLOON_ID: &str = "balloon";
+const BALLOON_ID: &str = "balloon";
 
 /// Every enlightenment that QEMU has and the nested machine bears.
 const ENLIGHTENED_CPU: &str = "host,kvm=off,hv-relaxed,hv-vapic,hv-spinlocks=0x1fff,hv-vpindex,\
@@ -95,7 +95,9 @@ impl VmConfig {
                 if self.vmbus {
                     list.push("-device vmbus-bridge".into());
                     if self.balloon {
-                        list.push(format!("-device hv-balloon,id={BALLOON_ID}"));
+                        list.push(format!(
+                            "-device hv-balloon,id={BALLOON_ID},status-report=on"
+                        ));
                     }
                 }
             }
@@ -157,7 +159,9 @@ mod tests {
         let plain = config();
         let mut config = plain.clone();
         let full = line(&config, Accelerator::KvmHyperV);
-        assert!(full.contains("-device vmbus-bridge -device hv-balloon,id=balloon"));
+        assert!(
+            full.contains("-device vmbus-bridge -device hv-balloon,id=balloon,status-report=on")
+        );
         assert!(full.contains("hv-synic"));
         config.balloon = false;
         let bus = line(&config, Accelerator::KvmHyperV);

@@ -17,9 +17,9 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use self::link::Link;
+use self::{config::Accelerator, link::Link};
 pub use self::{
-    config::{Accelerator, BALLOON_ID, Boot, VmConfig},
+    config::{Boot, VmConfig},
     cpio::Archive,
     linux::Linux,
     nested::Clock,

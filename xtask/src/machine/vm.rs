@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use agent::protocol::{Nanoseconds, VmId};
+use agent::protocol::VmId;
 use anyhow::{Context, Result, anyhow, bail};
 use regex::bytes::Regex;
 use serde_json::{Value, json};
@@ -20,7 +20,6 @@ pub struct Vm {
     seen: usize,
     /// QMP messages that `event` has gone past.
     heard: usize,
-    started: Nanoseconds,
 }
 
 /// How a VM ended.
@@ -62,7 +61,6 @@ impl Vm {
             id,
             seen: 0,
             heard: 0,
-            started: Nanoseconds(0),
         };
         let greeting = vm.watch(MONITOR, |record| {
             (!record.qmp.is_empty() || record.exited.is_some()).then_some(record.exited)
@@ -75,27 +73,27 @@ impl Vm {
         vm.heard = 1;
         vm.qmp("qmp_capabilities", json!({}))?;
         vm.qmp("cont", json!({}))?;
-        vm.started = vm
-            .watch(MONITOR, |record| record.qmp.last().map(|(at, _)| *at))?
-            .unwrap_or(vm.started);
         Ok(vm)
     }
 
-    /// When the VM was let go, on the agent's clock.
-    pub fn started(&self) -> Nanoseconds {
-        self.started
-    }
-
-    /// Waits until the console, after what the last `expect` found, matches
-    /// `pattern`; gives the text of each capture group (0 is the whole match).
+    /// Waits until the console's whole lines, after what the last `expect` found,
+    /// match `pattern`; gives the text of each capture group (0 is the whole match).
     ///
     /// # Errors
     /// When `limit` passes, or the VM ends, without a match.
     pub fn expect(&mut self, pattern: &str, limit: Duration) -> Result<Vec<String>> {
-        let regex = Regex::new(&format!("(?m){pattern}"))?;
+        // Guests end lines with carriage return and line feed.
+        let regex = Regex::new(&format!("(?mR){pattern}"))?;
         let seen = self.seen;
         let found = self.watch(limit, |record| {
             let rest = record.console.get(seen..).unwrap_or_default();
+            // The line that is being printed may not match yet, or too early.
+            let whole = match rest.iter().rposition(|byte| *byte == b'\n') {
+                Some(end) if record.exited.is_none() => end + 1,
+                None if record.exited.is_none() => 0,
+                _ => rest.len(),
+            };
+            let rest = rest.get(..whole).unwrap_or_default();
             match regex.captures(rest) {
                 Some(groups) => {
                     let end = groups.get(0).map_or(0, |whole| whole.end());
@@ -175,19 +173,6 @@ impl Vm {
         self.now(|record| text(&record.complaints).trim().to_owned())
     }
 
-    /// When the console byte at the end of the first match of `pattern` arrived.
-    pub fn printed_at(&self, pattern: &str) -> Result<Option<Nanoseconds>> {
-        let regex = Regex::new(&format!("(?m){pattern}"))?;
-        Ok(self.now(|record| {
-            let end = regex.find(&record.console)?.end();
-            record
-                .stamps
-                .iter()
-                .find(|(_, length)| *length >= end)
-                .map(|(at, _)| *at)
-        }))
-    }
-
     /// Runs a monitor command and gives its result.
     pub fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
         // Messages before this one are no answer to it; one command runs at a time.
@@ -250,16 +235,6 @@ impl Vm {
             Some(None) => bail!("the VM ended before the event {name}"),
             None => bail!("no event {name} within {} s", limit.as_secs()),
         }
-    }
-
-    /// Whether an event of this name has come so far.
-    pub fn had_event(&self, name: &str) -> bool {
-        self.now(|record| {
-            record
-                .qmp
-                .iter()
-                .any(|(_, message)| message["event"] == name)
-        })
     }
 
     /// Waits for the VM's end.
@@ -330,6 +305,8 @@ fn text(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use agent::protocol::Nanoseconds;
+
     use super::*;
 
     fn record(messages: &[Value], complaints: &str) -> Record {

@@ -23,7 +23,6 @@ pub struct Qemu {
     /// Loader and its options, when the program comes with its own libraries.
     loader: Vec<String>,
     firmware: Vec<PathBuf>,
-    origin: String,
 }
 
 impl Qemu {
@@ -46,7 +45,6 @@ impl Qemu {
         fits.then_some(())?;
         let firmware = says(&["-L", "help"])?.lines().map(PathBuf::from).collect();
         Some(Self {
-            origin: format!("QEMU {}.{} of this system", version.0, version.1),
             program,
             loader: Vec::new(),
             firmware,
@@ -77,13 +75,7 @@ impl Qemu {
                 .iter()
                 .map(|directory| tree.join(directory))
                 .collect(),
-            origin: "QEMU of target/enlit".into(),
         })
-    }
-
-    /// Where it comes from, in words.
-    pub fn origin(&self) -> &str {
-        &self.origin
     }
 
     /// Program and leading arguments to start it with.

@@ -24,9 +24,10 @@ pub const TESTS: &[Test] = &[
 
 fn boots_and_ends(stand: &mut Stand) -> Result<String> {
     let config = stand.kernel("floor.elf", &floor::elf(End::DebugExit))?;
-    let mut vm = stand.start(&config)?;
-    vm.expect(&format!("^{}$", floor::WORD), PATIENCE)?;
-    let ending = vm.wait(PATIENCE)?;
+    let ending = stand.with(&config, |vm| {
+        vm.expect(&format!("^{}$", floor::WORD), PATIENCE)?;
+        vm.wait(PATIENCE)
+    })?;
     ensure!(
         ending == Ending::DebugExit(floor::CODE),
         "expected code {}, but {ending}",

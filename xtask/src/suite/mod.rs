@@ -4,7 +4,14 @@
 //! below. All tests that need Hyper-V share one machine; on the nested one it
 //! boots once.
 
+mod balloon;
+mod boot;
+mod crash;
 mod floor;
+mod power;
+mod refuse;
+
+mod guests;
 
 use std::{
     process::{Command, ExitCode},
@@ -13,7 +20,9 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use regex::Regex;
 
+use self::guests::Guests;
 use crate::{
     cli::Wish,
     machine::{self, Boot, Choice, Clock, Kind, Machine, Vm, VmConfig},
@@ -65,12 +74,20 @@ pub struct Test {
 /// What a test works with.
 pub struct Stand<'a> {
     machine: &'a Machine,
+    guests: &'a Guests,
+    /// What the last VM of the test had printed when it was done with.
+    console: String,
 }
 
 impl Stand<'_> {
     /// The machine.
     pub fn machine(&self) -> &Machine {
         self.machine
+    }
+
+    /// The guests.
+    pub fn guests(&self) -> &Guests {
+        self.guests
     }
 
     /// A VM that boots this ELF by PVH.
@@ -82,14 +99,45 @@ impl Stand<'_> {
         }))
     }
 
-    /// Starts a VM.
-    pub fn start(&mut self, config: &VmConfig) -> Result<Vm> {
-        self.machine.run(config)
+    /// A VM with the appliance `hello` and these words on its command line.
+    pub fn hello(&self, words: &[&str]) -> Result<VmConfig> {
+        let mut config = self.kernel("hello.elf", &self.guests.hello.read()?)?;
+        config.cmdline = words.iter().map(|&word| word.to_owned()).collect();
+        Ok(config)
+    }
+
+    /// A VM that behaves as the appliance `selftest` calls `name`.
+    pub fn selftest(&self, name: &str) -> Result<VmConfig> {
+        let mut config = self.kernel("selftest.elf", &self.guests.selftest.read()?)?;
+        config.cmdline = vec![format!("selftest={name}")];
+        Ok(config)
+    }
+
+    /// Runs a VM, and keeps what it printed whatever comes of it.
+    pub fn with<T>(
+        &mut self,
+        config: &VmConfig,
+        check: impl FnOnce(&mut Vm) -> Result<T>,
+    ) -> Result<T> {
+        let mut vm = self.machine.run(config)?;
+        let result = check(&mut vm);
+        self.console = vm.console();
+        result
     }
 }
 
 fn all() -> Vec<&'static Test> {
-    [floor::TESTS].into_iter().flatten().collect()
+    [
+        floor::TESTS,
+        boot::TESTS,
+        refuse::TESTS,
+        crash::TESTS,
+        power::TESTS,
+        balloon::TESTS,
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// Runs the tests; fails when one fails.
@@ -116,6 +164,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         }
     }
     let mut packages = Packages::new(&workspace.store())?;
+    let guests = Guests::build(&workspace)?;
     for needs in [Needs::Emulation, Needs::HyperV] {
         let tests: Vec<_> = tests.iter().filter(|test| test.needs == needs).collect();
         if tests.is_empty() {
@@ -131,8 +180,14 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         println!("machine: {kind} ({reason})");
         let machine = Machine::start(&workspace, &mut packages, kind, Clock::Wall)?;
         for test in tests {
-            count.vm(test, &machine);
+            count.vm(test, &machine, &guests);
         }
+    }
+    if count.repeated > 0 {
+        println!(
+            "{} of them only when repeated, on evidence of a fault of the emulator",
+            count.repeated
+        );
     }
     println!("{} passed, {} failed", count.passed, count.failed);
     Ok(if count.failed == 0 {
@@ -146,6 +201,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 struct Count {
     passed: u32,
     failed: u32,
+    repeated: u32,
 }
 
 impl Count {
@@ -155,24 +211,59 @@ impl Count {
         println!("unit  {package}: {passed} passed, {failed} failed");
     }
 
-    fn vm(&mut self, test: &Test, machine: &Machine) {
-        let start = Instant::now();
-        let result = {
-            let _step = progress::step(test.name);
-            (test.run)(&mut Stand { machine })
+    fn vm(&mut self, test: &Test, machine: &Machine, guests: &Guests) {
+        let (result, console) = attempt(test, machine, guests);
+        let Err(error) = &result else {
+            self.passed += 1;
+            return;
         };
-        let seconds = start.elapsed().as_secs_f64();
-        match result {
-            Ok(checked) => {
-                self.passed += 1;
-                println!("ok    {} ({seconds:.1} s): {checked}", test.name);
-            }
-            Err(error) => {
-                self.failed += 1;
-                println!("FAIL  {} ({seconds:.1} s): {error:#}", test.name);
-            }
+        // The nested machine's emulator sometimes delivers an interrupt twice; the
+        // guest counts what came when none could come.
+        let spurious = spurious_interrupts(&console);
+        if machine.kind() != Kind::Nested || spurious == 0 {
+            self.failed += 1;
+            return;
+        }
+        println!(
+            "AGAIN {}: the guest counted {spurious} spurious interrupts, a known fault of the \
+             emulator ({error:#})",
+            test.name
+        );
+        if attempt(test, machine, guests).0.is_ok() {
+            self.passed += 1;
+            self.repeated += 1;
+        } else {
+            self.failed += 1;
         }
     }
+}
+
+/// Runs a test once and prints its line; gives the guest's console, too.
+fn attempt(test: &Test, machine: &Machine, guests: &Guests) -> (Result<()>, String) {
+    let start = Instant::now();
+    let mut stand = Stand {
+        machine,
+        guests,
+        console: String::new(),
+    };
+    let result = {
+        let _step = progress::step(test.name);
+        (test.run)(&mut stand)
+    };
+    let seconds = start.elapsed().as_secs_f64();
+    match &result {
+        Ok(checked) => println!("ok    {} ({seconds:.1} s): {checked}", test.name),
+        Err(error) => println!("FAIL  {} ({seconds:.1} s): {error:#}", test.name),
+    }
+    (result.map(drop), stand.console)
+}
+
+/// The last count of spurious interrupts that a guest printed.
+fn spurious_interrupts(console: &str) -> u64 {
+    Regex::new(r"(\d+) spurious")
+        .ok()
+        .and_then(|count| count.captures_iter(console).last()?[1].parse().ok())
+        .unwrap_or(0)
 }
 
 /// Runs a package's unit tests; counts passed and failed.
@@ -222,6 +313,13 @@ mod tests {
                       test result: FAILED. 4 passed; 2 failed; 1 ignored; 0 measured\n";
         assert_eq!(totals(output), (7, 2));
         assert_eq!(totals("error: could not compile"), (0, 0));
+    }
+
+    #[test]
+    fn the_last_count_of_spurious_interrupts_is_the_evidence() {
+        let console = "interrupts 8 handled, 0 spurious\n...\ninterrupts 9 handled, 2 spurious\n";
+        assert_eq!(spurious_interrupts(console), 2);
+        assert_eq!(spurious_interrupts("no table"), 0);
     }
 
     #[test]
