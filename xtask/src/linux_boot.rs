@@ -430,7 +430,7 @@ mod tests {
 
     #[test]
     fn a_kernel_in_the_monitors_place_is_refused() {
-        let kernel = crate::floor::elf(crate::floor::End::Halt);
+        let kernel = pvh::elf(&[Segment::new(BASE, b"kernel".to_vec())], BASE);
         assert!(elf(&kernel, Monitor::OpenVmm, Given::ZeroPage).is_err());
         assert!(elf(b"no ELF", Monitor::OpenVmm, Given::ZeroPage).is_err());
     }

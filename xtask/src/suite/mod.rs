@@ -8,6 +8,7 @@ mod balloon;
 mod boot;
 mod crash;
 mod floor;
+mod linux_boot;
 mod power;
 mod refuse;
 
@@ -130,6 +131,7 @@ fn all() -> Vec<&'static Test> {
     [
         floor::TESTS,
         boot::TESTS,
+        linux_boot::TESTS,
         refuse::TESTS,
         crash::TESTS,
         power::TESTS,

@@ -74,7 +74,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// What the kernel writes to the debug-exit port when it has failed.
-const FAILED: u8 = 0x10;
+pub(super) const FAILED: u8 = 0x10;
 
 fn firmware(stand: &Stand) -> Result<String> {
     let path = stand.machine().ovmf().context("there is no OVMF here")?;
