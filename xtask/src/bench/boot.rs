@@ -13,8 +13,7 @@ use super::{
 };
 use crate::{
     cli::What,
-    console,
-    floor::{self, End},
+    console, floor,
     guest::{self, Symboliser},
     image::Image,
     machine::{self, Boot, Clock, Machine, VmConfig},
@@ -223,7 +222,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         ));
     }
 
-    machine.put("floor.elf", &floor::elf(End::DebugExit))?;
+    machine.put("floor.elf", &floor::elf())?;
     let mut runs = Vec::new();
     for _ in 0..options.runs {
         let mut vm = meter.start(&VmConfig::new(Boot::Kernel {

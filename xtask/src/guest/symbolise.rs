@@ -1,6 +1,6 @@
 //! Turns addresses of a guest's report into functions and lines of source.
 
-use std::{fs, ops::Range, path::Path};
+use std::{fs, ops::Range, path::Path, sync::LazyLock};
 
 use addr2line::Loader;
 use anyhow::{Context, Result, anyhow};
@@ -149,13 +149,18 @@ fn demangle(name: &str) -> String {
     rustc_demangle::demangle(name).to_string()
 }
 
-/// A name without the compiler's hash at its end.
+/// What the newer mangling puts behind a crate's name.
+static CRATE_HASH: LazyLock<Regex> =
+    LazyLock::new(|| Regex::new(r"\[[0-9a-f]{13,16}\]").unwrap_or_else(|_| unreachable!()));
+
+/// A name without the compiler's hashes.
 fn tidy(name: &str) -> String {
+    let name = CRATE_HASH.replace_all(name, "");
     match name.rsplit_once("::h") {
         Some((front, hash)) if hash.len() == 16 && hash.bytes().all(|c| c.is_ascii_hexdigit()) => {
             front.to_owned()
         }
-        _ => name.to_owned(),
+        _ => name.into_owned(),
     }
 }
 
@@ -215,5 +220,6 @@ mod tests {
     fn hashes_are_cut_off_names() {
         assert_eq!(tidy("a::b::h0123456789abcdef"), "a::b");
         assert_eq!(tidy("a::hello"), "a::hello");
+        assert_eq!(tidy("core[bb170dea1013a3a3]::fmt"), "core::fmt");
     }
 }

@@ -232,9 +232,18 @@ impl Vm {
                 self.heard = index + 1;
                 Ok(data)
             }
-            Some(None) => bail!("the VM ended before the event {name}"),
-            None => bail!("no event {name} within {} s", limit.as_secs()),
+            Some(None) => bail!("the VM ended before the event {name}{}", self.last_words()),
+            None => bail!(
+                "no event {name} within {} s{}",
+                limit.as_secs(),
+                self.last_words()
+            ),
         }
+    }
+
+    /// Passes over all events so far: the next one waited for is a new one.
+    pub fn forget_events(&mut self) {
+        self.heard = self.now(|record| record.qmp.len());
     }
 
     /// Waits for the VM's end.

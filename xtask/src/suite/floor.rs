@@ -3,10 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::{Needs, PATIENCE, Stand, Test};
-use crate::{
-    floor::{self, End},
-    machine::Ending,
-};
+use crate::{floor, machine::Ending};
 
 /// Tests of the machines, with the floor guest.
 pub const TESTS: &[Test] = &[
@@ -23,7 +20,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 fn boots_and_ends(stand: &mut Stand) -> Result<String> {
-    let config = stand.kernel("floor.elf", &floor::elf(End::DebugExit))?;
+    let config = stand.kernel("floor.elf", &floor::elf())?;
     let ending = stand.with(&config, |vm| {
         vm.expect(&format!("^{}$", floor::WORD), PATIENCE)?;
         vm.wait(PATIENCE)
