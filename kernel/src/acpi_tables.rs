@@ -6,6 +6,8 @@ use acpi::madt::{Madt, MadtEntry};
 use acpi::{AcpiError, AcpiTables};
 use spin::Once;
 
+use crate::acpi_check;
+use crate::arch::physical::{DIRECT_MAP_SIZE, Mapped};
 use crate::arch::{acpi as reach, port};
 use crate::sleep_states::s5_sleep_type;
 
@@ -18,6 +20,8 @@ pub(crate) struct Platform {
     /// Processors that are enabled.
     pub(crate) processors: u32,
     power_off: Option<PowerOff>,
+    /// The port to reset by, and what to write there.
+    reset: Option<(u16, u8)>,
 }
 
 /// The register write that powers the machine off (ACPI 6.5, sections 4.8.3.2 and 4.8.3.7).
@@ -35,6 +39,10 @@ pub(crate) fn init(rsdp: Option<u64>) {
         log::warn!("acpi: no root pointer: power-off will not work");
         return;
     };
+    if let Err(fault) = acpi_check::check(&Mapped, rsdp, DIRECT_MAP_SIZE) {
+        log::warn!("acpi: tables at {rsdp:#x} are not used: {fault}");
+        return;
+    }
     match read(rsdp) {
         Ok(platform) => {
             PLATFORM.call_once(|| platform);
@@ -48,8 +56,8 @@ pub(crate) fn platform() -> Platform {
     PLATFORM.get().copied().unwrap_or_default()
 }
 
-/// Powers the machine off. Returns only if that did not work.
-pub(crate) fn power_off() {
+/// Tells the machine to power off; `false` when there is no way to. It may take a moment.
+pub(crate) fn power_off() -> bool {
     match platform().power_off {
         Some(PowerOff::Pm1 { a, b, value }) => {
             port::write_u16(a, value);
@@ -58,8 +66,18 @@ pub(crate) fn power_off() {
             }
         }
         Some(PowerOff::SleepControl { port, value }) => port::write_u8(port, value),
-        None => {}
+        None => return false,
     }
+    true
+}
+
+/// Tells the machine to reset (ACPI 6.5, section 4.8.3.6); `false` when there is no way to. It may take a moment.
+pub(crate) fn reset() -> bool {
+    let Some((port, value)) = platform().reset else {
+        return false;
+    };
+    port::write_u8(port, value);
+    true
 }
 
 fn read(rsdp: u64) -> Result<Platform, AcpiError> {
@@ -71,6 +89,7 @@ fn read(rsdp: u64) -> Result<Platform, AcpiError> {
     Ok(Platform {
         processors: processors.unwrap_or(0),
         power_off: power_off_by(&tables),
+        reset: reset_by(&tables),
     })
 }
 
@@ -104,6 +123,19 @@ fn power_off_by(tables: &AcpiTables<reach::Handler>) -> Option<PowerOff> {
         b,
         value: u16::from(sleep_type) << 10 | 1 << 13,
     })
+}
+
+fn reset_by(tables: &AcpiTables<reach::Handler>) -> Option<(u16, u8)> {
+    let fadt = tables.find_table::<Fadt>().ok()?;
+    let flags = fadt.flags;
+    if !flags.supports_system_reset_via_fadt() {
+        return None;
+    }
+    let register = fadt.reset_register().ok()?;
+    Some((
+        io_port(register.address_space, register.address)?,
+        fadt.reset_value,
+    ))
 }
 
 fn io_port(space: AddressSpace, address: u64) -> Option<u16> {

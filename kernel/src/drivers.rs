@@ -16,6 +16,7 @@ use vmbus::ids::{ChannelId, VpIndex};
 use vmbus::kmcl::{ConfigError, Guid, State, interface};
 use vmbus::protocol::Version;
 
+use crate::arch::cpu::InterruptsOff;
 use crate::arch::{apic, per_cpu};
 use crate::hyperv::clock;
 use crate::hyperv::message::MessageType;
@@ -151,6 +152,12 @@ pub(crate) async fn start(requires: &'static [Device]) -> Result<Machine, Error>
         is_held: AtomicBool::new(false),
     });
     interrupt::set_handler(interrupt::VMBUS, on_interrupt);
+    if let Some(bus) = BUS.get() {
+        // What came while there was no handler, as the firmware's last answer may have, would keep the slot full.
+        let interrupts = InterruptsOff::enter();
+        take_messages(bus);
+        drop(interrupts);
+    }
     vmbus.connect();
 
     let mut seen = vmbus.changes();
@@ -299,7 +306,7 @@ fn run_work() {
     let Some(bus) = BUS.get() else { return };
     bus.vmbus.run_work();
     if bus.is_held.load(Ordering::Acquire) {
-        let interrupts = crate::arch::cpu::InterruptsOff::enter();
+        let interrupts = InterruptsOff::enter();
         let held = bus.held.lock().take();
         bus.is_held.store(false, Ordering::Release);
         if let Some(payload) = held {
@@ -364,6 +371,7 @@ impl GuestMemory for Memory {
     }
 }
 
+/// Counted here too: the driver asks for figures while it holds its own count.
 static BALLOONED: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(0);
 
 /// Pages that the host has now.

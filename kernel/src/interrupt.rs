@@ -3,7 +3,7 @@
 //! A handler runs at DISPATCH: interrupts off, on the VP's interrupt stack. It is short; the rest goes
 //! to the work queue.
 
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use spin::Once;
 
@@ -21,7 +21,7 @@ pub const TIMER: u8 = 0x22;
 /// The vector that tests raise themselves.
 pub(crate) const TEST: u8 = 0x23;
 
-/// The vectors that there are stubs for.
+/// The vectors that can have a handler.
 const COUNT: usize = 16;
 
 static HANDLERS: [Once<fn()>; COUNT] = [const { Once::new() }; COUNT];
@@ -54,7 +54,11 @@ pub(crate) fn dispatch(vector: u8) {
         Some(handler) => handler(),
         None if vector == apic::SPURIOUS_VECTOR => {}
         None => {
-            log::warn!("interrupt: vector {vector:#x} has no handler");
+            // Some device that firmware has left on; once is enough to know.
+            static SAID: AtomicBool = AtomicBool::new(false);
+            if !SAID.swap(true, Ordering::Relaxed) {
+                log::warn!("interrupt: vector {vector:#x} has no handler");
+            }
             apic::end_of_interrupt();
         }
     }

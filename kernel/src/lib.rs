@@ -7,10 +7,11 @@
 #![cfg_attr(not(test), no_std)]
 #![deny(unsafe_code)]
 // Other targets build the parts that know no machine, for their tests.
-#![cfg_attr(not(target_os = "none"), allow(dead_code))]
+#![cfg_attr(not(target_os = "none"), allow(dead_code, unused_imports))]
 
 extern crate alloc;
 
+mod acpi_check;
 #[cfg(target_os = "none")]
 mod acpi_tables;
 #[cfg(target_os = "none")]
@@ -22,7 +23,12 @@ mod command_line;
 pub mod console;
 #[cfg(target_os = "none")]
 mod drivers;
-pub mod hyperv;
+#[allow(
+    dead_code,
+    reason = "the interface is there whole; not all of it is in use"
+)]
+mod hyperv;
+pub mod hypervisor;
 #[cfg(target_os = "none")]
 pub mod interrupt;
 #[cfg(target_os = "none")]

@@ -4,7 +4,7 @@ use vmbus::Vmbus;
 use vmbus::drivers::balloon;
 use vmbus::{ConnectionState, Snapshot};
 
-use crate::arch::{apic, cpu, heap, per_cpu};
+use crate::arch::{apic, heap, per_cpu};
 use crate::command_line::CommandLine;
 use crate::hyperv::{Features, clock, synic};
 use crate::memory::manager;
@@ -147,14 +147,14 @@ impl Machine {
     pub async fn power_off(&self) -> ! {
         self.leave("power off").await;
         power::power_off_now();
-        cpu::halt_forever()
+        // Never a machine that neither runs nor ends.
+        power::reboot_now()
     }
 
     /// Leaves VMBus and reboots, by the hypervisor's reset register.
     pub async fn reboot(&self) -> ! {
         self.leave("reboot").await;
-        power::reboot_now();
-        cpu::halt_forever()
+        power::reboot_now()
     }
 
     async fn leave(&self, what: &str) {

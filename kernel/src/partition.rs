@@ -108,11 +108,11 @@ pub(crate) fn apic_access() -> Option<apic::Access> {
     APIC.get().copied()
 }
 
-/// Restarts the partition. Returns only if that did not work.
-pub(crate) fn reset() -> impl fmt::Display {
-    FEATURES
-        .get()
-        .map_or(reset::StillRunning::NotOffered, reset::reset)
+/// Restarts the partition. Returns only if the hypervisor has no way to do that.
+pub(crate) fn reset() {
+    if let Some(features) = FEATURES.get() {
+        reset::reset(features);
+    }
 }
 
 /// Lets go of the SynIC and the timer, before the machine ends.

@@ -17,7 +17,7 @@ const PANIC: u64 = 0x454E_0002;
 /// Crash parameter 0 of an exception is this plus its vector.
 const EXCEPTION: u64 = 0x454E_0100;
 
-/// How long a machine may take to power off, in cycles of the time stamp counter: one to four seconds.
+/// How long a machine may take to power off or reset, in cycles of the time stamp counter: one to four seconds.
 const PATIENCE_CYCLES: u64 = 4_000_000_000;
 
 /// What to do once a failure was reported.
@@ -63,6 +63,7 @@ pub(crate) fn set_debug_exit(port: u16) {
 /// The line goes to the console and to the host, as a crash; the VM ends with a failing status
 /// where there is a way to have one.
 pub fn cannot_start(reason: &dyn fmt::Display) -> ! {
+    cpu::disable_interrupts();
     crate::console::prepare_for_report();
     println!("enlit: cannot start: {reason}");
     report(CANNOT_START, None, &format_args!("cannot start: {reason}"));
@@ -107,29 +108,42 @@ fn end_failed() -> ! {
         port::write_u32(exit, 0x10);
     }
     static ENDING: AtomicBool = AtomicBool::new(false);
+    let action = ON_PANIC.load(Ordering::Relaxed);
     // A fault in what follows must not come back here for ever.
-    if !ENDING.swap(true, Ordering::Relaxed) {
-        match ON_PANIC.load(Ordering::Relaxed) {
-            action if action == OnPanic::PowerOff as u8 => power_off_now(),
-            action if action == OnPanic::Reboot as u8 => reboot_now(),
-            _ => {}
+    if action != OnPanic::Halt as u8 && !ENDING.swap(true, Ordering::Relaxed) {
+        if action == OnPanic::PowerOff as u8 {
+            power_off_now();
         }
+        reboot_now();
     }
     cpu::halt_forever()
 }
 
 /// Powers off at once. Returns only if the machine has no way to do that.
 pub(crate) fn power_off_now() {
-    acpi_tables::power_off();
+    if !acpi_tables::power_off() {
+        println!("enlit: power-off is not possible: ACPI names no usable sleep register");
+        return;
+    }
     // Some machines act on it a little later.
+    wait();
+    println!("enlit: the machine did not power off when told to");
+}
+
+/// Reboots: by the hypervisor, else by ACPI, else by a fault that no processor survives.
+pub(crate) fn reboot_now() -> ! {
+    println!("enlit: rebooting");
+    partition::reset();
+    if acpi_tables::reset() {
+        wait();
+    }
+    cpu::triple_fault()
+}
+
+/// Gives the machine time to act.
+fn wait() {
     let start = cpu::time_stamp();
     while cpu::time_stamp().wrapping_sub(start) < PATIENCE_CYCLES {
         core::hint::spin_loop();
     }
-    println!("enlit: power-off did not work: ACPI names no usable sleep register");
-}
-
-/// Reboots at once. Returns only if the hypervisor does not do it.
-pub(crate) fn reboot_now() {
-    println!("enlit: reboot did not work: {}", partition::reset());
 }

@@ -7,6 +7,7 @@ use spin::Once;
 
 use crate::arch::{cpu, descriptors, entry, paging, per_cpu, physical};
 use crate::command_line::{BadValue, CommandLine};
+use crate::hyperv::Features;
 use crate::machine::Machine;
 use crate::memory::manager::{self, TakeOver};
 use crate::memory::{self};
@@ -41,6 +42,9 @@ macro_rules! main {
 /// The physical address of the ACPI root pointer, for after the switch.
 static ROOT_POINTER: Once<Option<u64>> = Once::new();
 
+/// What came of the search for the hypervisor. It is acted on once there is a way to power off.
+static DETECTED: Once<Result<&'static Features, partition::Error>> = Once::new();
+
 /// Memory half taken over, on its way across the switch.
 static TAKE_OVER: Lock<Option<(paging::NewTables, TakeOver)>> = Lock::new(None);
 
@@ -62,12 +66,15 @@ pub(crate) fn start(boot_info: &'static mut BootInfo, command_line: &[u8]) -> ! 
     }
     milestone::mark(Mark::Entry);
     console::init();
+    // Before anything can fail: from here on the host hears of it.
+    let detected = partition::detect();
 
     let Some(offset) = boot_info.physical_memory_offset.into_option() else {
         cannot_start(&"the loader did not map physical memory")
     };
     physical::set_loader_offset(offset);
     ROOT_POINTER.call_once(|| boot_info.rsdp_addr.into_option());
+    DETECTED.call_once(|| detected);
     match manager::prepare(&boot_info.memory_regions) {
         Ok((tables, take_over)) => {
             *TAKE_OVER.lock() = Some((tables, take_over));
@@ -104,7 +111,11 @@ extern "sysv64" fn on_own_tables() -> ! {
     milestone::reached("memory");
     acpi_tables::init(ROOT_POINTER.get().copied().flatten());
 
-    let features = partition::detect().unwrap_or_else(|error| cannot_start(&error));
+    let features = match DETECTED.get() {
+        Some(Ok(features)) => features,
+        Some(Err(error)) => cannot_start(error),
+        None => unreachable!("`start` looked for the hypervisor"),
+    };
     partition::init(features).unwrap_or_else(|error| cannot_start(&error));
     milestone::reached("hypervisor");
 

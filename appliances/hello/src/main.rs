@@ -7,6 +7,7 @@
 
 #![no_std]
 #![no_main]
+#![forbid(unsafe_code)]
 
 mod table;
 

@@ -4,7 +4,7 @@
 //! memory-mapped registers on an old processor. Nothing else of the APIC is used: all
 //! interrupts come from the SynIC.
 
-use core::sync::atomic::{AtomicU8, Ordering};
+use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use super::cpu::{read_msr, write_msr};
 use super::physical;
@@ -24,6 +24,7 @@ mod register {
     pub(super) const EOI: u32 = 0x0B;
     pub(super) const SPURIOUS: u32 = 0x0F;
     pub(super) const ICR: u32 = 0x30;
+    pub(super) const LVT_TIMER: u32 = 0x32;
     pub(super) const LVT_LINT0: u32 = 0x35;
 }
 
@@ -55,6 +56,9 @@ impl core::fmt::Display for Access {
     }
 }
 
+/// Where the registers are in physical memory, when they are reached there.
+static REGISTERS: AtomicU64 = AtomicU64::new(0);
+
 static ACCESS: AtomicU8 = AtomicU8::new(Access::X2Apic as u8);
 
 /// Turns the APIC of this VP on. `None` when memory for reaching it is short.
@@ -63,13 +67,20 @@ pub fn init(features: &Features) -> Option<Access> {
     let has_x2apic = features.processor.ecx & (1 << 21) != 0;
     let base = read_msr(APIC_BASE);
     let access = if has_x2apic || base & BASE_X2APIC != 0 {
-        let wanted = base | BASE_ENABLED | BASE_X2APIC;
-        if wanted != base {
-            write_msr(APIC_BASE, wanted);
+        // From "off" the way leads over "on" (Intel SDM 3, section 11.12.5).
+        if base & BASE_ENABLED == 0 {
+            write_msr(APIC_BASE, base | BASE_ENABLED);
+        }
+        if base & BASE_X2APIC == 0 {
+            write_msr(APIC_BASE, base | BASE_ENABLED | BASE_X2APIC);
         }
         Access::X2Apic
     } else {
         let registers = base & 0x000F_FFFF_FFFF_F000;
+        if base & BASE_ENABLED == 0 {
+            write_msr(APIC_BASE, base | BASE_ENABLED);
+        }
+        REGISTERS.store(registers, Ordering::Relaxed);
         manager::map_physical(registers..registers + 4096, true)?;
         let by_msr = features
             .recommendations
@@ -84,6 +95,7 @@ pub fn init(features: &Features) -> Option<Access> {
     ACCESS.store(access as u8, Ordering::Relaxed);
     // The firmware may have left the old interrupt controller behind LINT0, with a timer on it.
     write(register::LVT_LINT0, MASKED);
+    write(register::LVT_TIMER, MASKED);
     write(
         register::SPURIOUS,
         SOFTWARE_ENABLED | u32::from(SPURIOUS_VECTOR),
@@ -110,7 +122,7 @@ fn write(register: u32, value: u32) {
     if ACCESS.load(Ordering::Relaxed) == Access::X2Apic as u8 {
         write_msr(0x800 + register, value.into());
     } else {
-        let base = read_msr(APIC_BASE) & 0x000F_FFFF_FFFF_F000;
+        let base = REGISTERS.load(Ordering::Relaxed);
         let pointer = physical::pointer::<u32>(base + u64::from(register) * 16);
         // SAFETY: `init` mapped the registers, uncached.
         unsafe { pointer.write_volatile(value) };

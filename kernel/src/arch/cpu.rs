@@ -80,6 +80,18 @@ pub(super) fn write_msr(number: u32, value: u64) {
     unsafe { Msr::new(number).write(value) };
 }
 
+/// Faults without a way to handle it, which resets the machine.
+pub fn triple_fault() -> ! {
+    interrupts::disable();
+    let nothing = x86_64::structures::DescriptorTablePointer {
+        limit: 0,
+        base: x86_64::VirtAddr::zero(),
+    };
+    // SAFETY: there is no going on from here, which is the point.
+    unsafe { x86_64::instructions::tables::lidt(&nothing) };
+    invalid_opcode()
+}
+
 /// Raises the invalid-opcode exception: lets a test see a fault report.
 pub fn invalid_opcode() -> ! {
     // SAFETY: the exception's handler does not return.

@@ -111,6 +111,14 @@ global_asm!(
     ".quad handover_entry",
     ".popsection",
 
+    // The hypervisor's code takes this page's place. Until then, and behind that code, it is
+    // breakpoints.
+    ".pushsection .text.hypercall_page, \"ax\"",
+    ".balign 4096",
+    ".global hypercall_page",
+    "hypercall_page: .skip 4096, 0xCC",
+    ".popsection",
+
     ".pushsection .text.entry, \"ax\"",
     ".code32",
     ".global pvh_entry",
@@ -126,7 +134,7 @@ global_asm!(
     build_tables!("e"),
     "mov eax, offset boot_pml4 + {low}",
     "mov cr3, eax",
-    "mov eax, 0x20", // CR4.PAE
+    "mov eax, 0x60", // CR4.MCE and PAE
     "mov cr4, eax",
     "mov ecx, 0xC0000080",
     "xor edx, edx",
@@ -168,6 +176,8 @@ global_asm!(
     "mov cr0, rax",
     "mov rax, offset boot_pml4 + {low}",
     "mov cr3, rax",
+    "mov eax, 0x60", // CR4.MCE and PAE, and nothing that the monitor may have set besides
+    "mov cr4, rax",
     "lgdt [boot_gdt_pointer + {low}]",
     "mov rsp, offset boot_stack_top + {low}",
     "push 0x08",

@@ -14,6 +14,7 @@ pub enum Rights {
 }
 
 unsafe extern "C" {
+    static hypercall_page: u8;
     static kernel_start: u8;
     static kernel_rodata_start: u8;
     static kernel_data_start: u8;
@@ -39,6 +40,11 @@ pub fn parts() -> [(Range<u64>, Rights); 3] {
 /// The whole image's virtual addresses, with what is only needed while booting.
 pub fn range() -> Range<u64> {
     (&raw const kernel_start).addr() as u64..(&raw const kernel_end).addr() as u64
+}
+
+/// The virtual address of the page that is set aside for the hypervisor's code.
+pub fn hypercall_page_address() -> u64 {
+    (&raw const hypercall_page).addr() as u64
 }
 
 /// Whether an address lies in the kernel's code.

@@ -3,10 +3,9 @@
 //!
 //! | from | what |
 //! |---|---|
-//! | `0xFFFF_8000_0000_0000` | direct map: physical memory, writable, never executable; the image's code and constants read-only here too |
+//! | `0xFFFF_8000_0000_0000` | direct map: 32 TiB of physical memory, writable, never executable; the image's code and constants read-only here too |
 //! | `0xFFFF_A000_0000_0000` | stacks, an unmapped page below and above each |
 //! | `0xFFFF_B000_0000_0000` | heap |
-//! | `0xFFFF_C000_0000_0000` | the hypercall page, executable |
 //! | `0xFFFF_FFFF_8020_0000` | the image |
 
 use core::ops::Range;
@@ -22,7 +21,7 @@ use x86_64::structures::paging::{
 use x86_64::{PhysAddr, VirtAddr};
 
 use super::image::{self, Rights};
-use super::physical::{self, DIRECT_MAP};
+use super::physical::{self, DIRECT_MAP, DIRECT_MAP_SIZE};
 use crate::memory::FRAME_SIZE;
 
 /// Where stacks are mapped.
@@ -35,9 +34,6 @@ pub const HEAP: u64 = 0xFFFF_B000_0000_0000;
 pub(crate) fn is_stack_guard(address: u64) -> bool {
     (STACKS..HEAP).contains(&address)
 }
-
-/// Where the hypercall page is mapped.
-const HYPERCALL_PAGE: u64 = 0xFFFF_C000_0000_0000;
 
 const WRITABLE: PageTableFlags = PageTableFlags::PRESENT
     .union(PageTableFlags::WRITABLE)
@@ -62,6 +58,15 @@ unsafe impl<S: FrameSource> FrameAllocator<Size4KiB> for Tables<'_, S> {
             number * FRAME_SIZE,
         )))
     }
+}
+
+/// What became of a page to be mapped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Mapping {
+    /// It is mapped now.
+    New,
+    /// Something is mapped there already, or there is a table of smaller pages.
+    InTheWay,
 }
 
 /// There was no frame left for a page or a table.
@@ -152,7 +157,7 @@ impl AddressSpace {
         address: u64,
         physical: u64,
         flags: PageTableFlags,
-    ) -> Result<(), OutOfFrames>
+    ) -> Result<Mapping, OutOfFrames>
     where
         OffsetPageTable<'static>: Mapper<P>,
     {
@@ -170,12 +175,13 @@ impl AddressSpace {
             // A page that was missing is in no TLB, so nothing is flushed.
             Ok(flush) => {
                 flush.ignore();
-                Ok(())
+                Ok(Mapping::New)
             }
             Err(MapToError::FrameAllocationFailed) => Err(OutOfFrames),
-            // Mapped already, by a page of this size or a larger one, to the same memory: areas
-            // do not overlap, and within the direct map every address has one place.
-            Err(MapToError::PageAlreadyMapped(_) | MapToError::ParentEntryHugePage) => Ok(()),
+            // There is a page, or a table of smaller pages, already.
+            Err(MapToError::PageAlreadyMapped(_) | MapToError::ParentEntryHugePage) => {
+                Ok(Mapping::InTheWay)
+            }
         }
     }
 
@@ -187,22 +193,7 @@ impl AddressSpace {
         frame: u64,
     ) -> Result<(), OutOfFrames> {
         self.map::<Size4KiB>(source, address, frame * FRAME_SIZE, WRITABLE)
-    }
-
-    /// Maps a frame to be replaced by the hypervisor's code: executable, not writable. The
-    /// answer is its address.
-    pub fn map_hypercall_page(
-        &mut self,
-        source: &mut impl FrameSource,
-        frame: u64,
-    ) -> Result<VirtAddr, OutOfFrames> {
-        self.map::<Size4KiB>(
-            source,
-            HYPERCALL_PAGE,
-            frame * FRAME_SIZE,
-            PageTableFlags::PRESENT,
-        )?;
-        Ok(VirtAddr::new(HYPERCALL_PAGE))
+            .map(|_| ())
     }
 
     /// Makes physical addresses visible in the direct map that are no RAM: read-only tables of
@@ -218,6 +209,9 @@ impl AddressSpace {
         } else {
             READ_ONLY
         };
+        if range.end > DIRECT_MAP_SIZE {
+            return Err(OutOfFrames);
+        }
         let first = range.start / FRAME_SIZE;
         for page in first..range.end.div_ceil(FRAME_SIZE) {
             let physical = page * FRAME_SIZE;
@@ -318,27 +312,31 @@ fn map_direct(
     huge: bool,
 ) -> Result<(), OutOfFrames> {
     let mut at = range.start / FRAME_SIZE * FRAME_SIZE;
-    let end = range.end.next_multiple_of(FRAME_SIZE);
+    // What does not fit into the window stays unused: `memory::manager` leaves it out too.
+    let end = range.end.min(DIRECT_MAP_SIZE).next_multiple_of(FRAME_SIZE);
     while at < end {
         let address = DIRECT_MAP + at;
         let fits = |size: u64| {
             at.is_multiple_of(size) && end - at >= size && !touches(read_only, at..at + size)
         };
-        at += if huge && fits(Size1GiB::SIZE) {
-            new.map::<Size1GiB>(source, address, at, WRITABLE | PageTableFlags::HUGE_PAGE)?;
-            Size1GiB::SIZE
-        } else if fits(Size2MiB::SIZE) {
-            new.map::<Size2MiB>(source, address, at, WRITABLE | PageTableFlags::HUGE_PAGE)?;
-            Size2MiB::SIZE
+        let large = WRITABLE | PageTableFlags::HUGE_PAGE;
+        // Where a neighbour's border has left smaller pages, smaller pages go on.
+        if huge
+            && fits(Size1GiB::SIZE)
+            && new.map::<Size1GiB>(source, address, at, large)? == Mapping::New
+        {
+            at += Size1GiB::SIZE;
+        } else if fits(Size2MiB::SIZE)
+            && new.map::<Size2MiB>(source, address, at, large)? == Mapping::New
+        {
+            at += Size2MiB::SIZE;
         } else {
-            let flags = if touches(read_only, at..at + FRAME_SIZE) {
-                READ_ONLY
-            } else {
-                WRITABLE
-            };
+            let read_only = touches(read_only, at..at + FRAME_SIZE);
+            let flags = if read_only { READ_ONLY } else { WRITABLE };
+            // In the way can only be a neighbour's page that shares this frame.
             new.map::<Size4KiB>(source, address, at, flags)?;
-            FRAME_SIZE
-        };
+            at += FRAME_SIZE;
+        }
     }
     Ok(())
 }

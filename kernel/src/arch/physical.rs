@@ -9,14 +9,18 @@ use vmbus::shared::SharedPages;
 
 use x86_64::{PhysAddr, VirtAddr};
 
+use super::image;
 use super::paging::FrameSource;
 use crate::boot::PhysicalMemory;
 use crate::hyperv::{CodePage, Page};
-use crate::memory::FRAME_SIZE;
 use crate::memory::frames::Frames;
+use crate::memory::{FRAME_SIZE, manager};
 
 /// Virtual address of physical address 0 in the direct map of our own tables.
 pub const DIRECT_MAP: u64 = 0xFFFF_8000_0000_0000;
+
+/// Bytes of physical memory that the direct map has room for: 32 TiB.
+pub const DIRECT_MAP_SIZE: u64 = 1 << 45;
 
 /// Where physical memory is visible now.
 static OFFSET: AtomicU64 = AtomicU64::new(0);
@@ -87,11 +91,16 @@ pub fn hypervisor_page(frame: u64) -> Page {
     unsafe { Page::new(address, PhysAddr::new(frame * FRAME_SIZE)) }
 }
 
-/// Makes the hypercall page of a frame that the caller has taken for good and mapped at `address`,
-/// executable.
-pub fn hypercall_page(address: VirtAddr, frame: u64) -> CodePage {
-    // SAFETY: `AddressSpace::map_hypercall_page` mapped the frame there; nothing else uses it.
-    unsafe { CodePage::new(address, PhysAddr::new(frame * FRAME_SIZE)) }
+/// The image's page for the hypervisor's code, whose physical address the caller has looked up. Once only.
+pub fn hypercall_page(physical: u64) -> Option<CodePage> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    if TAKEN.swap(true, Ordering::Relaxed) {
+        return None;
+    }
+    let address = VirtAddr::new(image::hypercall_page_address());
+    // SAFETY: the image keeps the page for this alone; it is mapped executable and not writable,
+    // there and in the direct map.
+    Some(unsafe { CodePage::new(address, PhysAddr::new(physical)) })
 }
 
 /// The piece of memory that the kernel's first tables, its frame set and its main stack come from.
@@ -162,6 +171,24 @@ impl PhysicalMemory for LowMemory {
         for (i, byte) in destination.iter_mut().enumerate() {
             // SAFETY: the entry code's tables map the low 4 GiB at their own addresses, and
             // any byte there may be read (what is not RAM reads as something).
+            *byte = unsafe { source.wrapping_add(i).read_volatile() };
+        }
+    }
+}
+
+/// Physical memory in the direct map; what is not mapped yet becomes mapped, read-only.
+pub struct Mapped;
+
+impl PhysicalMemory for Mapped {
+    fn read(&self, address: u64, destination: &mut [u8]) {
+        let end = address.saturating_add(destination.len() as u64);
+        if manager::map_physical(address..end, false).is_none() {
+            destination.fill(0);
+            return;
+        }
+        let source = pointer::<u8>(address);
+        for (i, byte) in destination.iter_mut().enumerate() {
+            // SAFETY: mapped above, for good; any byte there may be read.
             *byte = unsafe { source.wrapping_add(i).read_volatile() };
         }
     }

@@ -92,17 +92,17 @@ fn hand_over(
 }
 
 #[cfg(test)]
-mod fake {
+pub(crate) mod fake {
     //! Physical memory that a test fills.
 
     use super::PhysicalMemory;
     use std::collections::BTreeMap;
 
     #[derive(Default)]
-    pub(super) struct Memory(BTreeMap<u64, u8>);
+    pub(crate) struct Memory(BTreeMap<u64, u8>);
 
     impl Memory {
-        pub(super) fn put(&mut self, address: u64, bytes: &[u8]) {
+        pub(crate) fn put(&mut self, address: u64, bytes: &[u8]) {
             self.0.extend(
                 bytes
                     .iter()

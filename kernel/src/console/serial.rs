@@ -17,15 +17,16 @@ const PORT: u16 = 0x3F8;
 /// What fits into the transmitter's FIFO once it has run empty.
 const FIFO: usize = 16;
 
-/// A port that takes nothing for this many polls is gone.
-const PATIENCE: u32 = 1_000_000;
+/// A port that takes nothing for this many polls has no reader: what follows is dropped until it takes
+/// something again.
+const PATIENCE: u32 = 100_000;
 
 /// The port and the bytes on their way to it.
 pub(super) struct Serial {
     uart: Uart16550<PioBackend>,
     buffer: [u8; FIFO],
     len: usize,
-    gone: bool,
+    stalled: bool,
 }
 
 impl Serial {
@@ -42,20 +43,22 @@ impl Serial {
             uart: port::serial(PORT),
             buffer: [0; FIFO],
             len: 0,
-            gone: false,
+            stalled: false,
         }
     }
 
     /// Sends what is in the buffer.
     pub(super) fn flush(&mut self) {
         let mut rest = &self.buffer[..core::mem::take(&mut self.len)];
-        for _ in 0..PATIENCE {
-            if self.gone || rest.is_empty() {
+        let polls = if self.stalled { 1 } else { PATIENCE };
+        for _ in 0..polls {
+            rest = &rest[self.uart.send_bytes(rest)..];
+            if rest.is_empty() {
+                self.stalled = false;
                 return;
             }
-            rest = &rest[self.uart.send_bytes(rest)..];
         }
-        self.gone = true;
+        self.stalled = true;
     }
 
     fn put(&mut self, byte: u8) {

@@ -263,7 +263,7 @@ impl Features {
             Capability::used("reference TSC page", has(Privileges::REFERENCE_TSC)),
             Capability::needed("synthetic timers", has(Privileges::SYNTHETIC_TIMERS)),
             Capability::used("direct timer interrupts", direct),
-            Capability::used("frequency MSRs", self.frequencies()),
+            Capability::unused("frequency MSRs", self.frequencies()),
             Capability::used("crash MSRs", serves(Services::CRASH)),
             Capability::used("reset MSR", has(Privileges::RESET)),
             Capability::unused("APIC MSRs", has(Privileges::INTERRUPT_CONTROL)),

@@ -9,8 +9,9 @@ use vmbus::shared::SharedPages;
 
 use super::FRAME_SIZE;
 use super::frames::Frames;
+use crate::arch::image;
 use crate::arch::paging::{self, AddressSpace, FrameSource, NewTables};
-use crate::arch::physical::{self, BootMemory};
+use crate::arch::physical::{self, BootMemory, DIRECT_MAP_SIZE};
 use crate::boot::regions::{MAX_REGIONS, RegionMap};
 use crate::hyperv::{CodePage, Page};
 use crate::println;
@@ -48,7 +49,7 @@ pub struct Figures {
 /// Why memory could not be taken over.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Error {
-    /// The memory map names no usable memory above 1 MiB.
+    /// The memory map names no usable memory that the kernel can begin with.
     NoMemory,
     /// There is too little of it for the kernel's tables and stacks.
     TooLittle {
@@ -61,7 +62,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoMemory => {
-                f.write_str("the memory map has no usable memory above 1 MiB: the VM cannot run")
+                f.write_str("the memory map has no usable memory below 4 GiB: the VM cannot run")
             }
             Self::TooLittle { bytes } => write!(
                 f,
@@ -174,16 +175,9 @@ pub(crate) fn hypervisor_page() -> Option<Page> {
     take_frames(1, 1).map(physical::hypervisor_page)
 }
 
-/// Takes a frame for good and makes it the hypercall page.
+/// The image's page for the hypervisor's code. `None` when it was taken before.
 pub(crate) fn hypercall_page() -> Option<CodePage> {
-    with(|memory| {
-        let frame = memory.frames.take_loose()?;
-        let address = memory
-            .space
-            .map_hypercall_page(&mut memory.frames, frame)
-            .ok()?;
-        Some(physical::hypercall_page(address, frame))
-    })?
+    physical::hypercall_page(translate(image::hypercall_page_address())?)
 }
 
 /// Takes contiguous frames that begin at a multiple of `align` frames.
@@ -241,7 +235,14 @@ pub fn try_rights(address: u64) -> Option<(bool, bool)> {
     MEMORY.try_lock()?.as_ref()?.space.rights(address)
 }
 
+/// Maps fresh memory, all of the range or none.
 fn map_pages(memory: &mut Memory, range: Range<u64>) -> Option<()> {
+    let pages = (range.end - range.start) / FRAME_SIZE;
+    // A table for each 2 MiB begun, and one of each level above.
+    let tables = pages / 512 + 4;
+    if pages.checked_add(tables)? > memory.frames.available() {
+        return None;
+    }
     for address in range.step_by(FRAME_SIZE as usize) {
         let frame = memory.frames.take_loose()?;
         physical::clear(&mut memory.frames, frame);
@@ -267,12 +268,13 @@ fn is_ram(region: &MemoryRegion) -> bool {
 /// The frames of a region that the kernel manages: whole ones above low memory.
 fn managed_frames(region: &MemoryRegion) -> Range<u64> {
     let start = region.start.max(LOW_MEMORY).div_ceil(FRAME_SIZE);
-    start..(region.end / FRAME_SIZE).max(start)
+    start..(region.end.min(DIRECT_MAP_SIZE) / FRAME_SIZE).max(start)
 }
 
 fn end_of_ram(map: &RegionMap) -> u64 {
     let ram = map.as_slice().iter().filter(|region| is_ram(region));
-    ram.map(|region| region.end / FRAME_SIZE).max().unwrap_or(0)
+    let end = ram.map(|region| region.end / FRAME_SIZE).max().unwrap_or(0);
+    end.min(DIRECT_MAP_SIZE / FRAME_SIZE)
 }
 
 impl FrameSource for Frames<'static> {

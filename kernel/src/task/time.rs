@@ -40,9 +40,11 @@ pub(crate) fn reschedule() {
     };
     let now = clock::now();
     let next = wakers.next_expiration(now).min(work::queue_due(now));
-    if next == u64::MAX {
-        partition.timer.cancel();
-    } else {
+    // Each write to the timer is a VM exit, and deadlines are mostly taken back before they pass. So one that lies
+    // ahead stays armed when it is no longer wanted or a later one is: when it expires, this
+    // runs again. One that has passed is not trusted to be still on its way.
+    let armed = partition.timer.deadline().filter(|&armed| armed > now);
+    if next != u64::MAX && armed.is_none_or(|armed| next < armed) {
         partition.timer.arm(next);
     }
 }
