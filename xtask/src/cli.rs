@@ -61,8 +61,8 @@ unpacked below target/enlit; the system is left as it is, and root is not needed
 
 Addresses in a panic report are followed by the functions and lines that they belong to.
 
-Ctrl-C ends the VM and everything around it. The exit status is 0 when the guest powers off or is \
-ended by Ctrl-C, and 1 when it panics, gives up, or is reset.";
+Ctrl-C ends the VM and everything around it. The exit status is 0 when the guest powers off, 1 when \
+it panics, gives up, or is reset, and 130 after Ctrl-C.";
 
 const TEST: &str = "\
 Run all tests: unit tests on this computer, then guests in VMs.

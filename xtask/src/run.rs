@@ -6,13 +6,14 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::{
     cli::{What, Wish, memory},
     guest::{self, Symboliser},
-    machine::{self, Boot, Clock, Ending, Kind, Machine, VmConfig},
+    image::Image,
+    machine::{self, Boot, Clock, Ending, Kind, Machine, VmConfig, debug_exit_word},
     packages::Packages,
     workspace::Workspace,
 };
@@ -42,29 +43,74 @@ pub struct Options {
     /// Wait for a debugger at this TCP port of localhost before the first instruction
     #[arg(long, value_name = "PORT", num_args = 0..=1, default_missing_value = "1234")]
     gdb: Option<u16>,
-    /// Boot the EFI file under OVMF instead of the kernel alone (needs --machine tcg)
+    /// Boot the EFI file, under OVMF (on the machine `tcg`, so without Hyper-V)
     #[arg(long)]
     efi: bool,
+    /// Boot the disk image, under OVMF (on the machine `tcg`, so without Hyper-V)
+    #[arg(long, conflicts_with = "efi")]
+    disk: bool,
 }
 
 /// Runs it. The status tells how the guest ended.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let workspace = Workspace::find()?;
     let mut packages = Packages::new(&workspace.store())?;
-    let guest = guest::build(&workspace, &options.what.package, options.what.profile())?;
-    let choice = machine::choose(if options.efi {
-        Some(Kind::Emulated)
-    } else {
-        options.machine.into()
-    });
+    let by_firmware = options.efi || options.disk;
+    let wish = match options.machine.into() {
+        None | Some(Kind::Emulated) if by_firmware => Some(Kind::Emulated),
+        Some(_) if by_firmware => bail!(
+            "firmware runs on the machine `tcg` only: leave --machine out, or leave --efi and --disk out"
+        ),
+        wish => wish,
+    };
+    let (package, profile) = (&options.what.package, options.what.profile());
+    let image = by_firmware
+        .then(|| {
+            let words = format!("{} {}", options.cmdline, debug_exit_word());
+            Image::build(&workspace, package, profile, Some(words.trim()))
+        })
+        .transpose()?;
+    let guest = match &image {
+        Some(image) => image.guest.clone(),
+        None => guest::build(&workspace, package, profile)?,
+    };
+    let choice = machine::choose(wish);
     eprintln!("machine: {} ({})", choice.kind, choice.reason);
+    if options.gdb.is_some() && choice.kind == Kind::Nested {
+        bail!(
+            "a debugger cannot reach into the nested machine: add --machine tcg (without Hyper-V), or use a computer whose /dev/kvm offers Hyper-V"
+        );
+    }
     let machine = Machine::start(&workspace, &mut packages, choice.kind, Clock::Wall)?;
 
-    machine.put("guest.elf", &guest.read()?)?;
-    let mut config = VmConfig::new(Boot::Kernel {
-        file: "guest.elf".into(),
-        initrd: None,
-    });
+    let firmware = || -> Result<String> {
+        let path = machine.ovmf().context("there is no OVMF here")?;
+        Ok(path.display().to_string())
+    };
+    let boot = match &image {
+        Some(image) if options.efi => {
+            machine.put("guest.efi", &image.efi)?;
+            Boot::Efi {
+                file: "guest.efi".into(),
+                firmware: firmware()?,
+            }
+        }
+        Some(image) => {
+            machine.put("guest.img", &image.disk)?;
+            Boot::Disk {
+                file: "guest.img".into(),
+                firmware: firmware()?,
+            }
+        }
+        None => {
+            machine.put("guest.elf", &guest.read()?)?;
+            Boot::Kernel {
+                file: "guest.elf".into(),
+                initrd: None,
+            }
+        }
+    };
+    let mut config = VmConfig::new(boot);
     config.memory = options.memory;
     config.cpus = options.cpus;
     config.gdb = options.gdb;
@@ -74,6 +120,12 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         .map(str::to_owned)
         .collect();
     let mut vm = machine.run(&config)?;
+    if let Some(port) = options.gdb {
+        eprintln!(
+            "waiting for a debugger: gdb {} -ex 'target remote localhost:{port}'",
+            guest.symbols.display()
+        );
+    }
     let symboliser = Symboliser::open(&guest.symbols)?;
     let mut console = Console::new(&symboliser);
     while let Some(piece) = vm.console_piece(Duration::from_secs(3600))? {

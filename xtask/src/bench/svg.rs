@@ -111,10 +111,10 @@ fn legend(top: f64) -> String {
     for (index, kind) in Kind::ALL.iter().enumerate() {
         let x = LEFT + index as f64 * 96.0;
         // Writing to a string does not fail.
-        let _ = write!(
+        let _ = writeln!(
             legend,
             "<rect x=\"{x:.0}\" y=\"{top:.0}\" width=\"8\" height=\"8\" fill=\"{}\"/>\
-             <text x=\"{:.0}\" y=\"{:.0}\" font-size=\"9\">{}</text>\n",
+             <text x=\"{:.0}\" y=\"{:.0}\" font-size=\"9\">{}</text>",
             colour(*kind),
             x + 11.0,
             top + 8.0,

@@ -181,7 +181,7 @@ mod tests {
         assert_eq!(a_function_of_this_test(), 0x5eed);
         let program = std::env::current_exe().unwrap();
         let symboliser = Symboliser::open(&program).unwrap();
-        let bytes = std::fs::read(&program).unwrap();
+        let bytes = fs::read(&program).unwrap();
         let file = object::File::parse(&*bytes).unwrap();
         use object::ObjectSymbol;
         let address = file

@@ -48,8 +48,9 @@ pub fn build(efi: &[u8], cmdline: Option<&str>) -> Result<Vec<u8>> {
     }
     table.update_partitions(partitions)?;
     let mut disk = table.write()?.into_inner();
-    disk.get_mut(ALIGNMENT..ALIGNMENT + volume.len())
-        .map(|place| place.copy_from_slice(&volume));
+    if let Some(place) = disk.get_mut(ALIGNMENT..ALIGNMENT + volume.len()) {
+        place.copy_from_slice(&volume);
+    }
     Ok(disk)
 }
 

@@ -55,7 +55,7 @@ pub struct VmConfig {
 }
 
 /// Port of the device that ends the VM with a failing status.
-pub const DEBUG_EXIT: u16 = 0xf4;
+const DEBUG_EXIT: u16 = 0xf4;
 
 /// Id of the balloon device.
 const BALLOON_ID: &str = "balloon";
@@ -137,9 +137,15 @@ impl VmConfig {
     /// The command line with the word that names the debug-exit port.
     pub fn full_cmdline(&self) -> String {
         let mut words = self.cmdline.clone();
-        words.push(format!("debug-exit={DEBUG_EXIT:#x}"));
+        words.push(debug_exit_word());
         words.join(" ")
     }
+}
+
+/// The word that tells a guest of the debug-exit device. A disk image brings its
+/// own command line and so needs it there.
+pub fn debug_exit_word() -> String {
+    format!("debug-exit={DEBUG_EXIT:#x}")
 }
 
 #[cfg(test)]

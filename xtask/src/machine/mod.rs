@@ -19,7 +19,7 @@ use anyhow::{Context, Result};
 
 use self::{config::Accelerator, link::Link};
 pub use self::{
-    config::{Boot, VmConfig},
+    config::{Boot, VmConfig, debug_exit_word},
     cpio::Archive,
     linux::Linux,
     nested::Clock,
@@ -162,6 +162,7 @@ impl Machine {
             self.link.clone(),
             self.program.clone(),
             config.arguments(accelerator),
+            config.gdb.is_some(),
         )
     }
 

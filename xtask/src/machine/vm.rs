@@ -54,7 +54,13 @@ impl std::fmt::Display for Ending {
 impl Vm {
     /// Starts QEMU with a stopped VM, connects to the monitor so that no event is
     /// missed, then lets the VM go.
-    pub(super) fn start(link: Link, program: Vec<String>, arguments: Vec<String>) -> Result<Self> {
+    /// With `hold`, letting it go is left to a debugger.
+    pub(super) fn start(
+        link: Link,
+        program: Vec<String>,
+        arguments: Vec<String>,
+        hold: bool,
+    ) -> Result<Self> {
         let id = link.start(program, arguments)?;
         let mut vm = Self {
             link,
@@ -72,7 +78,9 @@ impl Vm {
         }
         vm.heard = 1;
         vm.qmp("qmp_capabilities", json!({}))?;
-        vm.qmp("cont", json!({}))?;
+        if !hold {
+            vm.qmp("cont", json!({}))?;
+        }
         Ok(vm)
     }
 

@@ -5,6 +5,7 @@ use anyhow::Result;
 use crate::{
     guest::{self, Guest, Profile},
     image::Image,
+    machine::debug_exit_word,
     workspace::Workspace,
 };
 
@@ -20,14 +21,16 @@ pub struct Guests {
     pub hello_disk: Vec<u8>,
 }
 
-/// What stands on the disk's command line: a test sees it arrive.
-pub const DISK_CMDLINE: &str = "log=loud debug-exit=0xf4";
+/// What stands on the disk's command line: the guest complains about it, so a
+/// test sees it arrive.
+pub const DISK_WORD: &str = "log=loud";
 
 impl Guests {
     /// Builds them.
     pub fn build(workspace: &Workspace) -> Result<Self> {
+        let words = format!("{DISK_WORD} {}", debug_exit_word());
         let Image { guest, efi, disk } =
-            Image::build(workspace, "hello", Profile::Release, Some(DISK_CMDLINE))?;
+            Image::build(workspace, "hello", Profile::Release, Some(&words))?;
         Ok(Self {
             hello: guest,
             selftest: guest::build(workspace, "selftest", Profile::Release)?,

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::{Needs, PATIENCE, Stand, Test};
+use super::{Needs, PATIENCE, Stand, Test, guests::DISK_WORD};
 use crate::machine::{Boot, Ending, VmConfig};
 
 /// Tests of machines that lack something.
@@ -42,7 +42,7 @@ pub const TESTS: &[Test] = &[
                 firmware: firmware(stand)?,
             });
             // The word has come from the file on the disk.
-            without_hyperv_after(stand, &config, "log=loud is ignored")
+            without_hyperv_after(stand, &config, &format!("{DISK_WORD} is ignored"))
         },
     },
     Test {
