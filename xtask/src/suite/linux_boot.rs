@@ -25,7 +25,7 @@ pub const TESTS: &[Test] = &[
     Test {
         name: "linux-boot/garbage",
         needs: Needs::HyperV,
-        run: |stand| without_memory(stand, Given::Garbage, None),
+        run: |stand| without_memory(stand, Given::Garbage, Ending::Panicked),
     },
     Test {
         name: "linux-boot/no-hyperv-openvmm",
@@ -40,7 +40,7 @@ pub const TESTS: &[Test] = &[
     Test {
         name: "linux-boot/no-memory",
         needs: Needs::Emulation,
-        run: |stand| without_memory(stand, Given::NoMemory, Some(Ending::DebugExit(FAILED))),
+        run: |stand| without_memory(stand, Given::NoMemory, Ending::DebugExit(FAILED)),
     },
 ];
 
@@ -92,19 +92,17 @@ fn without_hyperv(stand: &mut Stand, monitor: Monitor) -> Result<String> {
     Ok(line)
 }
 
-/// The kernel says that it was given no memory, and the VM ends so, where the
-/// kernel knows a way.
-fn without_memory(stand: &mut Stand, given: Given, end: Option<Ending>) -> Result<String> {
+/// The kernel says that it was given no memory, and the VM ends failing: without
+/// a command line, by a crash report to the host.
+fn without_memory(stand: &mut Stand, given: Given, end: Ending) -> Result<String> {
     let config = hello(stand, Monitor::OpenVmm, given, &[])?;
     stand.with(&config, |vm| {
         let line = vm.expect(
             "^enlit: cannot start: (the memory map has no usable memory.*)$",
             PATIENCE,
         )?;
-        if let Some(end) = end {
-            let ending = vm.wait(PATIENCE)?;
-            ensure!(ending == end, "expected that {end}, but {ending}");
-        }
+        let ending = vm.wait(PATIENCE)?;
+        ensure!(ending == end, "expected that {end}, but {ending}");
         Ok(line[1].clone())
     })
 }
