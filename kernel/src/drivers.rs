@@ -33,9 +33,11 @@ use crate::{interrupt, work};
 /// How long a required device may take from its offer until it is ready.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Frames that the balloon leaves free, whatever the host wants: 1 MiB for the heap to grow, page
-/// tables and rings.
-const BALLOON_RESERVE: u64 = 256;
+/// Frames that the balloon leaves free, whatever the host wants, for the heap to grow, page tables
+/// and rings: 1 MiB and 1/64 of all RAM.
+fn balloon_reserve(ram: u64) -> u64 {
+    256 + ram / 64
+}
 
 /// A device that an appliance can insist on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -347,7 +349,7 @@ impl GuestMemory for Memory {
                 .ram
                 .saturating_sub(figures.free)
                 .saturating_sub(held),
-            reserve: BALLOON_RESERVE,
+            reserve: balloon_reserve(figures.ram),
         }
     }
 

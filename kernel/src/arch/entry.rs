@@ -171,8 +171,8 @@ global_asm!(
     "rdmsr",
     "or eax, 0x800", // EFER.NXE
     "wrmsr",
-    "mov rax, cr0",
-    "or eax, 0x10020", // CR0.WP and NE
+    // CR0.PG, WP, NE and PE as above; CD and NW go, which Firecracker leaves set.
+    "mov eax, 0x80010021",
     "mov cr0, rax",
     "mov rax, offset boot_pml4 + {low}",
     "mov cr3, rax",

@@ -11,7 +11,6 @@ mod field {
     pub(super) const COMMAND_LINE_HIGH: u64 = 0x0C8;
     pub(super) const E820_COUNT: u64 = 0x1E8;
     pub(super) const HEADER_MAGIC: u64 = 0x202;
-    pub(super) const VERSION: u64 = 0x206;
     pub(super) const COMMAND_LINE: u64 = 0x228;
     pub(super) const E820: u64 = 0x2D0;
 }
@@ -47,10 +46,9 @@ fn fill(memory: &impl PhysicalMemory, boot_params: u64, direct: &mut DirectBoot)
     if memory.get::<u32>(at(field::HEADER_MAGIC)) != HEADER_MAGIC {
         return;
     }
-    // The field exists from protocol 2.14 on; OpenVMM leaves it zero.
-    if memory.get::<u16>(at(field::VERSION)) >= 0x020E {
-        direct.rsdp = Some(memory.get::<u64>(at(field::RSDP))).filter(|&address| address != 0);
-    }
+    // The field came with protocol 2.14; before, it was zero. The version says nothing about it:
+    // Firecracker fills the field and leaves the version zero. OpenVMM leaves both.
+    direct.rsdp = Some(memory.get::<u64>(at(field::RSDP))).filter(|&address| address != 0);
     let low = u64::from(memory.get::<u32>(at(field::COMMAND_LINE)));
     let high = u64::from(memory.get::<u32>(at(field::COMMAND_LINE_HIGH)));
     direct.set_command_line(memory, high << 32 | low, handover::COMMAND_LINE_MAX);
@@ -65,10 +63,9 @@ mod tests {
     use super::super::fake::Memory;
     use super::*;
 
-    fn zero_page(version: u16, rsdp: u64) -> Memory {
+    fn zero_page(rsdp: u64) -> Memory {
         let mut memory = Memory::default();
         memory.put(0x2000 + field::HEADER_MAGIC, &HEADER_MAGIC.to_le_bytes());
-        memory.put(0x2000 + field::VERSION, &version.to_le_bytes());
         memory.put(0x2000 + field::RSDP, &rsdp.to_le_bytes());
         memory.put(0x2000 + field::COMMAND_LINE, &0x3000u32.to_le_bytes());
         memory.put(0x3000, b"words of the monitor log=info\0");
@@ -96,7 +93,7 @@ mod tests {
     #[test]
     fn an_openvmm_zero_page_is_read() {
         let mut direct = DirectBoot::new();
-        fill(&zero_page(0x0202, 0), 0x2000, &mut direct);
+        fill(&zero_page(0), 0x2000, &mut direct);
         assert_eq!(
             direct.rsdp, None,
             "OpenVMM says no address: it is found by scan"
@@ -108,12 +105,10 @@ mod tests {
     }
 
     #[test]
-    fn the_root_pointer_counts_from_protocol_2_14_on() {
-        for (version, expected) in [(0x020D, None), (0x020E, Some(0xE_0000))] {
-            let mut direct = DirectBoot::new();
-            fill(&zero_page(version, 0xE_0000), 0x2000, &mut direct);
-            assert_eq!(direct.rsdp, expected);
-        }
+    fn the_root_pointer_counts_whatever_the_version() {
+        let mut direct = DirectBoot::new();
+        fill(&zero_page(0xE_0000), 0x2000, &mut direct);
+        assert_eq!(direct.rsdp, Some(0xE_0000));
     }
 
     #[test]
