@@ -46,6 +46,8 @@ pub struct VmConfig {
     pub memory: u32,
     /// Virtual processors.
     pub cpus: u32,
+    /// Processor flags after the usual ones, for hosts that offer something else (KVM only).
+    pub cpu_flags: Vec<&'static str>,
     /// Whether there is a VMBus (KVM only).
     pub vmbus: bool,
     /// Whether the VMBus has a dynamic-memory device.
@@ -73,6 +75,7 @@ impl VmConfig {
             cmdline: Vec::new(),
             memory: 256,
             cpus: 1,
+            cpu_flags: Vec::new(),
             vmbus: true,
             balloon: true,
             gdb: None,
@@ -91,7 +94,12 @@ impl VmConfig {
         ];
         match accelerator {
             Accelerator::KvmHyperV => {
-                list.push(format!("-accel kvm -cpu {ENLIGHTENED_CPU}"));
+                let flags: String = self
+                    .cpu_flags
+                    .iter()
+                    .map(|flag| format!(",{flag}"))
+                    .collect();
+                list.push(format!("-accel kvm -cpu {ENLIGHTENED_CPU}{flags}"));
                 if self.vmbus {
                     list.push("-device vmbus-bridge".into());
                     if self.balloon {

@@ -11,6 +11,7 @@ mod floor;
 mod linux_boot;
 mod power;
 mod refuse;
+mod variants;
 
 mod guests;
 
@@ -135,6 +136,7 @@ fn all() -> Vec<&'static Test> {
         refuse::TESTS,
         crash::TESTS,
         power::TESTS,
+        variants::TESTS,
         balloon::TESTS,
     ]
     .into_iter()

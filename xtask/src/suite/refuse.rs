@@ -104,7 +104,7 @@ fn without_hyperv_after(stand: &mut Stand, config: &VmConfig, before: &str) -> R
     Ok(line)
 }
 
-fn refused(stand: &mut Stand, config: &VmConfig, reason: &str) -> Result<String> {
+pub(super) fn refused(stand: &mut Stand, config: &VmConfig, reason: &str) -> Result<String> {
     let (line, ending) = stand.with(config, |vm| {
         let line = vm.expect(&format!("^enlit: cannot start: (.*{reason}.*)$"), PATIENCE)?;
         Ok((line[1].clone(), vm.wait(PATIENCE)?))
