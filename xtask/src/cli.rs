@@ -70,8 +70,9 @@ Run all tests: unit tests on this computer, then guests in VMs.
 Each VM test boots a guest, waits for what it prints and does, and has a time limit. One line per \
 test says what was checked. The last line counts: `N passed, N failed`.
 
-The nested machine's emulator has two known faults. A VM test that fails there with evidence of one \
-of them is repeated once, which is said and counted.";
+QEMU has known faults: its emulator can deliver an interrupt twice, its VMBus can end in an \
+assertion. A VM test that fails with evidence of one of them is repeated once, which is said and \
+counted.";
 
 const BUILD: &str = "\
 Build an appliance: its kernel ELF, stripped for booting.

@@ -162,7 +162,7 @@ impl Vm {
     }
 
     /// The console's last lines and QEMU's complaints, for a failure's message.
-    fn last_words(&self) -> String {
+    pub fn last_words(&self) -> String {
         let console = self.console();
         let lines: Vec<_> = console.lines().collect();
         let last = lines
@@ -209,7 +209,11 @@ impl Vm {
                         .unwrap_or("no reason given")
                 ),
             },
-            Some(None) => bail!("the VM ended before it answered `{command}`"),
+            Some(None) => bail!(
+                "{} before it answered `{command}`{}",
+                self.ending()?,
+                self.last_words()
+            ),
             None => bail!("the monitor gave no answer to `{command}`"),
         }
     }

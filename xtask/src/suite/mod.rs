@@ -189,7 +189,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
     if count.repeated > 0 {
         println!(
-            "{} of them only when repeated, on evidence of a fault of the emulator",
+            "{} of them only when repeated, on evidence of a known fault of QEMU",
             count.repeated
         );
     }
@@ -221,18 +221,11 @@ impl Count {
             self.passed += 1;
             return;
         };
-        // The nested machine's emulator sometimes delivers an interrupt twice; the
-        // guest counts what came when none could come.
-        let spurious = spurious_interrupts(&console);
-        if machine.kind() != Kind::Nested || spurious == 0 {
+        let Some(evidence) = known_fault(machine.kind(), &console, &format!("{error:#}")) else {
             self.failed += 1;
             return;
-        }
-        println!(
-            "AGAIN {}: the guest counted {spurious} spurious interrupts, a known fault of the \
-             emulator ({error:#})",
-            test.name
-        );
+        };
+        println!("AGAIN {}: {evidence}", test.name);
         if attempt(test, machine, guests).0.is_ok() {
             self.passed += 1;
             self.repeated += 1;
@@ -260,6 +253,20 @@ fn attempt(test: &Test, machine: &Machine, guests: &Guests) -> (Result<()>, Stri
         Err(error) => println!("FAIL  {} ({seconds:.1} s): {error:#}", test.name),
     }
     (result.map(drop), stand.console)
+}
+
+/// Evidence that a failure is not the guest's: a fault of what runs it.
+fn known_fault(kind: Kind, console: &str, error: &str) -> Option<String> {
+    // QEMU's VMBus dies of an answer that comes too early, see machine/nested.rs.
+    if error.contains("gpadl_iter_seek: Assertion") {
+        return Some("QEMU ended by its own assertion in gpadl_iter_seek, a known fault".into());
+    }
+    // The nested machine's emulator sometimes delivers an interrupt twice; the
+    // guest counts what came when none could come.
+    let spurious = spurious_interrupts(console);
+    (kind == Kind::Nested && spurious > 0).then(|| {
+        format!("the guest counted {spurious} spurious interrupts, a known fault of the emulator")
+    })
 }
 
 /// The last count of spurious interrupts that a guest printed.
@@ -324,6 +331,10 @@ mod tests {
         let console = "interrupts 8 handled, 0 spurious\n...\ninterrupts 9 handled, 2 spurious\n";
         assert_eq!(spurious_interrupts(console), 2);
         assert_eq!(spurious_interrupts("no table"), 0);
+        assert!(known_fault(Kind::Nested, console, "wrong").is_some());
+        assert!(known_fault(Kind::Kvm, console, "wrong").is_none());
+        assert!(known_fault(Kind::Nested, "interrupts 8 handled, 0 spurious", "wrong").is_none());
+        assert!(known_fault(Kind::Kvm, "", "x: gpadl_iter_seek: Assertion `y' failed").is_some());
     }
 
     #[test]
