@@ -144,8 +144,9 @@ impl VmConfig {
 
     /// The command line with the word that names the debug-exit port.
     pub fn full_cmdline(&self) -> String {
-        let mut words = self.cmdline.clone();
-        words.push(debug_exit_word());
+        // First: for Linux, what follows `--` is its init's.
+        let mut words = vec![debug_exit_word()];
+        words.extend_from_slice(&self.cmdline);
         words.join(" ")
     }
 }
@@ -202,11 +203,11 @@ mod tests {
     fn the_guest_is_told_of_the_debug_exit_port() {
         let mut config = config();
         config.cmdline = vec!["log=debug".into()];
-        assert_eq!(config.full_cmdline(), "log=debug debug-exit=0xf4");
+        assert_eq!(config.full_cmdline(), "debug-exit=0xf4 log=debug");
         assert!(
             config
                 .arguments(Accelerator::Tcg)
-                .contains(&"log=debug debug-exit=0xf4".to_owned())
+                .contains(&"debug-exit=0xf4 log=debug".to_owned())
         );
     }
 }
