@@ -5,10 +5,12 @@
 //! `referee`. `init=`-style fallbacks do not exist: with a wrong word, or on a
 //! failure, the reason is printed and the VM powers off.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 #[cfg(target_os = "linux")]
 mod init;
+#[cfg(target_os = "linux")]
+mod port;
 #[cfg(target_os = "linux")]
 mod referee;
 

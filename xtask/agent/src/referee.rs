@@ -4,13 +4,7 @@
 //! It marks the same points for the benchmarks as our kernel does: a byte on
 //! the port that the word `mark=` of the command line names.
 
-use std::{
-    fs,
-    io::{self, Seek, SeekFrom, Write},
-    os::fd::OwnedFd,
-    path::Path,
-    thread,
-};
+use std::{fs, io, os::fd::OwnedFd, path::Path, thread};
 
 use rustix::net::{
     AddressFamily, RecvFlags, SocketType, bind,
@@ -19,6 +13,7 @@ use rustix::net::{
 };
 
 use crate::init::{load_modules, mount_all};
+use crate::port;
 
 /// A driver's bound devices appear here as links.
 const DRIVER: &str = "/sys/bus/vmbus/drivers/hv_balloon";
@@ -75,11 +70,9 @@ fn mark(byte: u8) -> io::Result<()> {
     let Some(port) = words
         .split_ascii_whitespace()
         .find_map(|word| word.strip_prefix("mark=0x"))
-        .and_then(|hex| u64::from_str_radix(hex, 16).ok())
+        .and_then(|hex| u16::from_str_radix(hex, 16).ok())
     else {
         return Ok(());
     };
-    let mut ports = fs::OpenOptions::new().write(true).open("/dev/port")?;
-    ports.seek(SeekFrom::Start(port))?;
-    ports.write_all(&[byte])
+    port::write(port, byte)
 }
