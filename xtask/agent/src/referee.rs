@@ -1,8 +1,6 @@
 //! The Linux referee: brings up the Hyper-V drivers, says when the balloon is
-//! bound, and stays.
-//!
-//! It marks the same points for the benchmarks as our kernel does: a byte on
-//! the port that the word `mark=` of the command line names.
+//! bound, and stays. The benchmarks find that line in the trace of the console's
+//! port.
 
 use std::{fs, io, os::fd::OwnedFd, path::Path, thread};
 
@@ -18,9 +16,6 @@ use crate::port;
 /// A driver's bound devices appear here as links.
 const DRIVER: &str = "/sys/bus/vmbus/drivers/hv_balloon";
 
-/// Mark "the balloon is open" (the same number as the kernel's).
-const MARK_BALLOON_OPEN: u8 = 3;
-
 pub(crate) fn role() -> io::Result<()> {
     mount_all(&[("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")])?;
     // Devices are bound by a kernel thread of the bus, which is announced.
@@ -34,7 +29,6 @@ pub(crate) fn role() -> io::Result<()> {
         let mut announcement = [0; 4096];
         recv(&changes, &mut announcement, RecvFlags::empty())?;
     };
-    mark(MARK_BALLOON_OPEN)?;
     println!("referee: hv_balloon has bound {}", bound.join(" "));
     loop {
         thread::park();
@@ -55,7 +49,9 @@ fn device_changes() -> io::Result<OwnedFd> {
 
 fn bound_devices() -> io::Result<Vec<String>> {
     let mut devices = Vec::new();
-    for entry in fs::read_dir(Path::new(DRIVER))? {
+    let entries = fs::read_dir(DRIVER)
+        .map_err(|error| io::Error::other(format!("cannot read {DRIVER}: {error}")))?;
+    for entry in entries {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
         if entry.file_type()?.is_symlink() && name.contains('-') {
@@ -63,16 +59,4 @@ fn bound_devices() -> io::Result<Vec<String>> {
         }
     }
     Ok(devices)
-}
-
-fn mark(byte: u8) -> io::Result<()> {
-    let words = fs::read_to_string("/proc/cmdline")?;
-    let Some(port) = words
-        .split_ascii_whitespace()
-        .find_map(|word| word.strip_prefix("mark=0x"))
-        .and_then(|hex| u16::from_str_radix(hex, 16).ok())
-    else {
-        return Ok(());
-    };
-    port::write(port, byte)
 }

@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::{
-    meter::{MARK_PORT, Mark, Meter, position},
+    meter::{MARK_PORT, Mark, Meter, position, printed},
     referee, svg,
     trace::{Exit, Kind, by_kind},
 };
@@ -301,7 +301,7 @@ fn linux_run(exits: Vec<Exit>) -> Result<Run> {
         .iter()
         .position(|exit| exit.rip >= LOADED_AT && !ROM.contains(&exit.rip))
         .context("Linux has not started")?;
-    let open = position(&exits, Mark::BalloonOpen).context("Linux made no mark")?;
+    let open = printed(&exits, referee::FIRST_WORD).context("Linux has printed nothing")?;
     let mut exits = exits;
     exits.truncate(open);
     let cuts = vec![0, entry, exits.len()];

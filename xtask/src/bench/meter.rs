@@ -112,3 +112,65 @@ pub fn position(exits: &[Exit], mark: Mark) -> Option<usize> {
             }
     })
 }
+
+/// Index of the exit with which a guest began to print `word` on COM1.
+pub fn printed(exits: &[Exit], word: &[u8]) -> Option<usize> {
+    const DATA: u16 = 0x3f8;
+    let (indices, text): (Vec<_>, Vec<_>) = exits
+        .iter()
+        .enumerate()
+        .filter_map(|(index, exit)| match exit.cause {
+            Cause::Port {
+                port: DATA,
+                write: true,
+                value,
+            } => Some((index, value.to_le_bytes()[0])),
+            _ => None,
+        })
+        .unzip();
+    let place = text.windows(word.len()).position(|part| part == word)?;
+    indices.get(place).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_is_found_among_other_exits() {
+        let exit = |cause| Exit {
+            at: 0,
+            rip: 0,
+            cause,
+        };
+        let exits: Vec<_> = b"ab xyz"
+            .iter()
+            .flat_map(|byte| {
+                let write = Cause::Port {
+                    port: 0x3f8,
+                    write: true,
+                    value: u32::from(*byte),
+                };
+                [exit(Cause::Halt), exit(write)]
+            })
+            .collect();
+        assert_eq!(printed(&exits, b"xy"), Some(7));
+        assert_eq!(printed(&exits, b"yx"), None);
+    }
+
+    #[test]
+    fn a_mark_is_a_write_of_its_byte() {
+        let cause = Cause::Port {
+            port: MARK_PORT,
+            write: true,
+            value: 2,
+        };
+        let exits = [Exit {
+            at: 0,
+            rip: 0,
+            cause,
+        }];
+        assert_eq!(position(&exits, Mark::Main), Some(0));
+        assert_eq!(position(&exits, Mark::Entry), None);
+    }
+}

@@ -48,7 +48,15 @@ pub struct Options {
 }
 
 /// Packages whose unit tests run on this computer.
-const UNIT_TESTED: [&str; 6] = ["handover", "vmbus", "vmbus-host", "enlit", "agent", "xtask"];
+const UNIT_TESTED: [&str; 7] = [
+    "boot",
+    "handover",
+    "vmbus",
+    "vmbus-host",
+    "enlit",
+    "agent",
+    "xtask",
+];
 
 /// Longest time that a guest may take to print what is waited for. Ten times of
 /// what the nested machine needs.
