@@ -5,12 +5,10 @@
 //! `referee`. `init=`-style fallbacks do not exist: with a wrong word, or on a
 //! failure, the reason is printed and the VM powers off.
 
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 #[cfg(target_os = "linux")]
 mod init;
-#[cfg(target_os = "linux")]
-mod port;
 #[cfg(target_os = "linux")]
 mod referee;
 

@@ -2,7 +2,7 @@
 //! bound, and stays. The benchmarks find that line in the trace of the console's
 //! port.
 
-use std::{fs, io, os::fd::OwnedFd, path::Path, thread};
+use std::{fs, io, os::fd::OwnedFd, thread};
 
 use rustix::net::{
     AddressFamily, RecvFlags, SocketType, bind,
@@ -11,7 +11,6 @@ use rustix::net::{
 };
 
 use crate::init::{load_modules, mount_all};
-use crate::port;
 
 /// A driver's bound devices appear here as links.
 const DRIVER: &str = "/sys/bus/vmbus/drivers/hv_balloon";
