@@ -19,11 +19,13 @@ pub fn spawn<F: Future<Output = ()> + 'static>(future: F) {
 pub(crate) fn run() -> ! {
     cpu::enable_interrupts();
     loop {
-        if step() {
+        let busy = step();
+        time::update();
+        if busy {
             continue;
         }
         cpu::disable_interrupts();
-        if work::is_pending() || executor::is_ready() {
+        if work::is_pending() || executor::is_ready() || time::is_stale() {
             cpu::enable_interrupts();
         } else {
             cpu::enable_interrupts_and_halt();

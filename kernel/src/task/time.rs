@@ -1,10 +1,12 @@
 //! Time for tasks and for work: embassy-time on the reference clock and synthetic timer 0.
 
+use core::sync::atomic::{AtomicBool, Ordering};
 use core::task::Waker;
 
 use embassy_time_driver::Driver;
 use embassy_time_queue_utils::Queue;
 
+use crate::arch::cpu::InterruptsOff;
 use crate::arch::{apic, per_cpu};
 use crate::hyperv::clock;
 use crate::sync::Lock;
@@ -32,21 +34,47 @@ impl Driver for ReferenceTime {
     }
 }
 
-/// Wakes and queues what is due, and sets the timer for what comes next.
+/// The timer may have to be set anew.
+static STALE: AtomicBool = AtomicBool::new(false);
+
+/// Has the timer set anew before this VP sleeps. Callable at any level.
 pub(crate) fn reschedule() {
-    let mut wakers = TIME.wakers.lock();
-    let Some(partition) = per_cpu::current().partition.get() else {
+    STALE.store(true, Ordering::Release);
+}
+
+/// Wakes and queues what is due, and sets the timer for what comes next, if that may have changed.
+/// The loop in [`super::run`] calls it after each round of work: deadlines that come and go within
+/// one cost nothing.
+pub(crate) fn update() {
+    if !STALE.swap(false, Ordering::Acquire) {
         return;
-    };
-    let now = clock::now();
-    let next = wakers.next_expiration(now).min(work::queue_due(now));
-    // Each write to the timer is a VM exit, and deadlines are mostly taken back before they pass. So one that lies
-    // ahead stays armed when it is no longer wanted or a later one is: when it expires, this
-    // runs again. One that has passed is not trusted to be still on its way.
-    let armed = partition.timer.deadline().filter(|&armed| armed > now);
-    if next != u64::MAX && armed.is_none_or(|armed| next < armed) {
-        partition.timer.arm(next);
     }
+    let interrupts = InterruptsOff::enter();
+    let now = clock::now();
+    let next = expire(now);
+    if let Some(partition) = per_cpu::current().partition.get() {
+        // Each write to the timer is a VM exit, and deadlines are mostly taken back before they pass. So one
+        // that lies ahead stays armed when it is no longer wanted or a later one is: when it
+        // expires, this runs again. One that has passed is not trusted to be still on its way.
+        let armed = partition.timer.deadline().filter(|&armed| armed > now);
+        if next != u64::MAX && armed.is_none_or(|armed| next < armed) {
+            partition.timer.arm(next);
+        }
+    }
+    drop(interrupts);
+}
+
+/// Whether [`update`] has something to do.
+pub(crate) fn is_stale() -> bool {
+    STALE.load(Ordering::Acquire)
+}
+
+/// Wakes and queues what is due. The answer is when the next is, `u64::MAX` for never.
+fn expire(now: u64) -> u64 {
+    TIME.wakers
+        .lock()
+        .next_expiration(now)
+        .min(work::queue_due(now))
 }
 
 /// The timer's interrupt.
@@ -55,6 +83,7 @@ pub(crate) fn on_interrupt() {
         return;
     };
     if partition.take_expiry() {
+        expire(clock::now());
         reschedule();
     }
     if partition.timer_needs_eoi() {
