@@ -1,6 +1,8 @@
 //! `bench boot`: exits between the marks of a boot.
 
-use std::{collections::BTreeMap, fs, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    collections::BTreeMap, fs, ops::Range, path::PathBuf, process::ExitCode, time::Duration,
+};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
@@ -100,6 +102,21 @@ pub struct Guest {
     pub ready_after: u64,
 }
 
+impl Guest {
+    /// Counted exits from the VM's start on.
+    fn counted(&self) -> u64 {
+        self.phases.iter().map(|phase| phase.counted).sum()
+    }
+
+    /// All exits from the VM's start on.
+    fn all(&self) -> u64 {
+        self.phases
+            .iter()
+            .flat_map(|phase| phase.kinds.values())
+            .sum()
+    }
+}
+
 /// Exits between two points of a boot.
 #[derive(Debug, Serialize)]
 pub struct Phase {
@@ -195,7 +212,11 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
     let mut guests = vec![summary(
         "enlit",
-        &["firmware", "kernel entry to main", "main to open balloon"],
+        &[
+            "firmware",
+            "kernel entry to open balloon",
+            "open balloon to main",
+        ],
         runs,
         |exit| symboliser.function_of_instruction(exit.rip),
     )];
@@ -270,17 +291,12 @@ fn own_run(exits: Vec<Exit>) -> Result<Run> {
     // The marks' own exits are the instrument's, not the guest's.
     let (entry, main, open) = (at(Mark::Entry)?, at(Mark::Main)?, at(Mark::BalloonOpen)?);
     ensure!(
-        entry < main && main < open || entry < open && open < main,
+        entry < open && open < main,
         "the guest's marks are out of order"
     );
-    let marks = [entry, main, open];
-    let removed_before = |index: usize| marks.iter().filter(|mark| **mark < index).count();
-    let cuts = vec![
-        0,
-        entry - removed_before(entry),
-        main.min(open) - removed_before(main.min(open)),
-        main.max(open) - removed_before(main.max(open)),
-    ];
+    let marks = [entry, open, main];
+    // Before the first mark there is none, before the second one, and so on.
+    let cuts = vec![0, entry, open - 1, main - 2];
     let exits = exits
         .into_iter()
         .enumerate()
@@ -292,14 +308,14 @@ fn own_run(exits: Vec<Exit>) -> Result<Run> {
 
 /// Parts Linux's boot: its first instruction is the first above the firmware.
 fn linux_run(exits: Vec<Exit>) -> Result<Run> {
-    /// Where its kernel is loaded, by physical address; firmware and option
-    /// ROMs are below.
-    const LOADED_AT: u64 = 0x100_0000;
-    /// SeaBIOS's own code above: its shadow at the end of 4 GiB.
-    const ROM: std::ops::Range<u64> = 0xfff0_0000..0x1_0000_0000;
+    /// Where the kernel starts, by physical address. Firmware and option ROMs are
+    /// below, and what the firmware moves up is at the end of memory.
+    const LOADED_AT: Range<u64> = 0x100_0000..0x400_0000;
+    /// Where it runs.
+    const KERNEL_HALF: u64 = 0xffff_8000_0000_0000;
     let entry = exits
         .iter()
-        .position(|exit| exit.rip >= LOADED_AT && !ROM.contains(&exit.rip))
+        .position(|exit| LOADED_AT.contains(&exit.rip) || exit.rip >= KERNEL_HALF)
         .context("Linux has not started")?;
     let open = printed(&exits, referee::FIRST_WORD).context("Linux has printed nothing")?;
     let mut exits = exits;
@@ -418,6 +434,24 @@ fn print(report: &Report) {
             report.clock,
         );
     }
+    if let Some(floor) = report.guests.last() {
+        println!();
+        println!("from VM start to ready, less the floor:");
+        for guest in report
+            .guests
+            .iter()
+            .filter(|guest| guest.name != floor.name)
+        {
+            println!(
+                "  {:<8} {:>8} exits, {:>8} with console and host interrupts, {:.3} x 10^9 {}",
+                guest.name,
+                guest.counted().saturating_sub(floor.counted()),
+                guest.all().saturating_sub(floor.all()),
+                guest.ready_after.saturating_sub(floor.ready_after) as f64 / 1e9,
+                report.clock,
+            );
+        }
+    }
     for guest in &report.guests {
         println!();
         print!("{:<22}", guest.name);
@@ -449,6 +483,9 @@ fn print(report: &Report) {
     }
     if let Some(own) = report.guests.first() {
         for phase in own.phases.iter().skip(1) {
+            if phase.explained.is_empty() {
+                continue;
+            }
             println!();
             println!("{}, every counted exit:", phase.name);
             for group in &phase.explained {

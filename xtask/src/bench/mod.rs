@@ -34,7 +34,7 @@ const BOOT: &str = "\
 Count the VM exits of a boot, beside Linux and the least possible guest.
 
 Boots the appliance several times on the nested machine, where KVM's own trace is ours to read, and \
-counts exits by kind: from kernel entry to `main`, and on to the open balloon device. The same is \
+counts exits by kind: from kernel entry to the open balloon device, and on to `main`. The same is \
 counted for the Debian Linux kernel of the nested machine, up to its own hv_balloon, and for the \
 floor guest (a few bytes that print a word), which shows what QEMU and its firmware cost by \
 themselves. Console bytes and interrupts of the host are counted apart.

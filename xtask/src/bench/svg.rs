@@ -69,7 +69,8 @@ fn lane(guest: &Guest, top: f64, scale: &impl Fn(u64) -> f64) -> String {
         ));
         start += phase.length;
     }
-    for kind in Kind::ALL {
+    // Those that count are drawn last, so on top.
+    for kind in Kind::ALL.into_iter().rev() {
         let mut path = String::new();
         let mut last = f64::NEG_INFINITY;
         for (time, _) in guest
@@ -108,8 +109,8 @@ fn lane(guest: &Guest, top: f64, scale: &impl Fn(u64) -> f64) -> String {
 
 fn legend(top: f64) -> String {
     let mut legend = String::new();
-    for (index, kind) in Kind::ALL.iter().enumerate() {
-        let x = LEFT + index as f64 * 96.0;
+    let mut x = LEFT;
+    for kind in &Kind::ALL {
         // Writing to a string does not fail.
         let _ = writeln!(
             legend,
@@ -120,6 +121,7 @@ fn legend(top: f64) -> String {
             top + 8.0,
             kind.name()
         );
+        x += 26.0 + kind.name().len() as f64 * 5.0;
     }
     legend
 }
