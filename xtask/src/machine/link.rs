@@ -49,9 +49,6 @@ struct State {
 pub struct Record {
     /// Console bytes.
     pub console: Vec<u8>,
-    /// For each piece of console output: time, and the length of `console` with
-    /// it.
-    pub stamps: Vec<(Nanoseconds, usize)>,
     /// QEMU's error output.
     pub complaints: Vec<u8>,
     /// QMP messages with their times of arrival.
@@ -248,10 +245,9 @@ impl State {
                 self.answers.insert(id, result);
             }
             Event::Part { id, data } => self.parts.entry(id).or_default().extend(data),
-            Event::Console { vm, at, data } => self.with(vm, |record| {
-                record.console.extend(data);
-                record.stamps.push((at, record.console.len()));
-            }),
+            Event::Console { vm, data, .. } => {
+                self.with(vm, |record| record.console.extend(data));
+            }
             Event::Complaint { vm, data } => self.with(vm, |record| record.complaints.extend(data)),
             Event::Qmp { vm, at, line } => self.with(vm, |record| {
                 if let Ok(message) = serde_json::from_str(&line) {

@@ -3,10 +3,15 @@
 
 mod config;
 mod cpio;
+#[cfg(not(target_os = "linux"))]
+mod elsewhere;
 mod link;
 mod linux;
+#[cfg(target_os = "linux")]
 mod local;
+#[cfg(target_os = "linux")]
 mod nested;
+#[cfg(target_os = "linux")]
 pub mod process;
 mod vm;
 
@@ -17,12 +22,15 @@ use std::{
 
 use anyhow::{Context, Result};
 
+#[cfg(not(target_os = "linux"))]
+pub use self::elsewhere::process;
+#[cfg(not(target_os = "linux"))]
+use self::elsewhere::{local, nested};
 use self::{config::Accelerator, link::Link};
 pub use self::{
     config::{Boot, VmConfig, debug_exit_word},
     cpio::Archive,
     linux::Linux,
-    nested::Clock,
     vm::{Ending, Vm},
 };
 use crate::{guest, packages::Packages, workspace::Workspace};
@@ -46,6 +54,15 @@ impl fmt::Display for Kind {
             Self::Emulated => "QEMU's emulation, without Hyper-V",
         })
     }
+}
+
+/// The clock by which the nested machine's processor runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Clock {
+    /// The computer's own.
+    Wall,
+    /// One instruction is one nanosecond.
+    Instructions,
 }
 
 /// A kind and why it was chosen, in words.

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, anyhow};
 use command_fds::{CommandFdExt, FdMapping};
 use sha2::{Digest, Sha256};
 
-use super::{cpio::Archive, link::Link, linux::Linux, process};
+use super::{Clock, cpio::Archive, link::Link, linux::Linux, process};
 use crate::{packages::Qemu, progress};
 
 /// Longest boot of the small Linux; usually some ten seconds.
@@ -62,15 +62,6 @@ const INNER_QEMU: [&str; 6] = [
     "-L",
     "/firmware",
 ];
-
-/// The clock by which the outer processor runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Clock {
-    /// The computer's own.
-    Wall,
-    /// One instruction is one nanosecond.
-    Instructions,
-}
 
 /// The running outer QEMU. Dropping it ends it.
 pub struct Outer {

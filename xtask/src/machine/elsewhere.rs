@@ -1,0 +1,82 @@
+//! Systems other than Linux run no VMs: guests are built there, not started.
+//! [`Packages::new`](crate::packages::Packages::new) says so before anything
+//! here is reached.
+
+/// No agent can be started.
+pub mod local {
+    use std::convert::Infallible;
+
+    use anyhow::{Result, bail};
+
+    use crate::machine::link::Link;
+
+    /// There is none.
+    pub struct Agent(#[expect(dead_code, reason = "never made")] Infallible);
+
+    impl Agent {
+        /// Fails.
+        pub fn start() -> Result<(Self, Link)> {
+            bail!("VMs are run on Linux only")
+        }
+    }
+
+    /// There is no KVM.
+    pub fn hyperv_capability() -> Result<(), String> {
+        Err("there is no KVM on this system".into())
+    }
+}
+
+/// No nested machine can be started.
+pub mod nested {
+    use std::{convert::Infallible, path::Path};
+
+    use anyhow::{Result, bail};
+
+    use crate::{
+        machine::{Clock, link::Link},
+        packages::Qemu,
+    };
+
+    /// There is none.
+    pub struct Outer(#[expect(dead_code, reason = "never made")] Infallible);
+
+    /// There is none.
+    pub struct Image(Infallible);
+
+    impl Image {
+        /// Fails.
+        pub fn prepare(_: &Path, _: &Qemu, _: &Path, _: &Path) -> Result<Self> {
+            bail!("VMs are run on Linux only")
+        }
+
+        /// Cannot be called: there is no image.
+        pub fn boot(&self, _: &Qemu, _: Clock) -> Result<(Outer, Link)> {
+            match self.0 {}
+        }
+
+        /// Nothing to start.
+        pub fn inner_qemu() -> Vec<String> {
+            Vec::new()
+        }
+    }
+}
+
+/// There are no processes to end.
+pub mod process {
+    use std::convert::Infallible;
+
+    /// The command as it is.
+    pub fn tied_to_us(command: Vec<String>) -> Vec<String> {
+        command
+    }
+
+    /// Ctrl-C ends the program at once, so nobody learns of it.
+    pub fn was_interrupted() -> bool {
+        false
+    }
+
+    /// Ctrl-C does what it always does.
+    pub fn handle_interrupts() -> Result<(), Infallible> {
+        Ok(())
+    }
+}
