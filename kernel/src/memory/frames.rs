@@ -25,6 +25,10 @@ pub struct Frames<'a> {
     available: u64,
     /// Where the next search begins, in blocks: behind what was taken last.
     hint: usize,
+    /// No block from here on is wholly free.
+    whole_end: usize,
+    /// No block from here on is partly free.
+    loose_end: usize,
 }
 
 impl<'a> Frames<'a> {
@@ -45,6 +49,8 @@ impl<'a> Frames<'a> {
             total: 0,
             available: 0,
             hint: 0,
+            whole_end: 0,
+            loose_end: 0,
         }
     }
 
@@ -101,18 +107,22 @@ impl<'a> Frames<'a> {
 
     /// Takes a whole block of 512 frames, aligned to its size.
     pub fn take_block(&mut self) -> Option<u64> {
-        let block = self.counts.iter().rposition(|&count| count == BLOCK)?;
-        let first = block as u64 * BLOCK;
+        let block = self.counts[..self.whole_end]
+            .iter()
+            .rposition(|&count| count == BLOCK);
+        self.whole_end = block.unwrap_or(0);
+        let first = block? as u64 * BLOCK;
         self.mark(first..first + BLOCK, false);
         Some(first)
     }
 
-    /// Takes one frame of a block that is broken already, if there is one: leaves whole blocks whole.
+    /// Takes one frame of a block that is broken already, if there is one: leaves whole blocks
+    /// whole.
     pub fn take_loose(&mut self) -> Option<u64> {
-        let block = self
-            .counts
+        let block = self.counts[..self.loose_end]
             .iter()
             .rposition(|&count| count > 0 && count < BLOCK);
+        self.loose_end = block.map_or(0, |block| block + 1);
         let first = match block {
             Some(block) => self.first_free_in(block)?,
             None => self.find_one()?,
@@ -203,6 +213,12 @@ impl<'a> Frames<'a> {
             } else {
                 *count -= changed;
                 self.available -= changed;
+            }
+            let end = word / WORDS + 1;
+            if *count == BLOCK {
+                self.whole_end = self.whole_end.max(end);
+            } else if *count > 0 {
+                self.loose_end = self.loose_end.max(end);
             }
         }
     }
