@@ -168,11 +168,11 @@ impl Machine {
         ) {
             seen = vmbus.changed(seen).await;
         }
-        if let ConnectionState::Unloaded {
-            acknowledged: false,
-        } = vmbus.connection()
-        {
-            log::warn!("machine: the host did not confirm that it has let go of VMBus");
+        match vmbus.connection() {
+            ConnectionState::Unloaded { acknowledged: true } => {
+                log::info!("machine: the host has let go of VMBus");
+            }
+            _ => log::warn!("machine: the host did not confirm that it has let go of VMBus"),
         }
         partition::stop();
     }

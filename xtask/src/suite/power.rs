@@ -23,8 +23,10 @@ fn leaves(stand: &mut Stand, word: &str, wanted: Ending) -> Result<String> {
     let config = stand.hello(&[word])?;
     let ending = stand.with(&config, |vm| {
         vm.expect(READY, PATIENCE)?;
+        // The host's answer to UNLOAD.
+        vm.expect("the host has let go of VMBus", PATIENCE)?;
         vm.wait(PATIENCE)
     })?;
     ensure!(ending == wanted, "expected that {wanted}, but {ending}");
-    Ok(wanted.to_string())
+    Ok(format!("the host let go of VMBus, then {wanted}"))
 }
