@@ -103,6 +103,13 @@ fn cargo(
     if profile == Profile::Release {
         command.arg("--release");
     }
+    // What ships names no folder of the computer that it was built on.
+    let flags: Vec<String> = sources_of_dependencies()
+        .iter()
+        .map(|folder| format!("--remap-path-prefix={}=deps", folder.display()))
+        .collect();
+    command.arg("--config");
+    command.arg(format!("target.{target}.rustflags={flags:?}"));
     for (name, value) in variables {
         command.env(name, value);
     }
@@ -122,6 +129,21 @@ fn cargo(
     executable
         .map(Into::into)
         .ok_or_else(|| anyhow!("package {package} has no executable: an appliance is a binary"))
+}
+
+/// Folders below which cargo has unpacked the dependencies' sources, sorted.
+fn sources_of_dependencies() -> Vec<PathBuf> {
+    let home = env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| env::home_dir().map(|home| home.join(".cargo")));
+    let entries = home.and_then(|home| fs::read_dir(home.join("registry/src")).ok());
+    let mut folders: Vec<PathBuf> = entries
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect();
+    folders.sort();
+    folders
 }
 
 /// Leaves a file that holds the bytes already untouched, so that what depends on
