@@ -57,6 +57,16 @@ pub const TESTS: &[Test] = &[
         run: |stand| passes(stand, &["hv-reset=off"], "reboot", Ending::Reset),
     },
     Test {
+        name: "variants/vmbus-3.0",
+        needs: Needs::HyperV,
+        run: |stand| speaks(stand, "3.0"),
+    },
+    Test {
+        name: "variants/vmbus-2.4",
+        needs: Needs::HyperV,
+        run: |stand| speaks(stand, "2.4"),
+    },
+    Test {
         name: "variants/no-clock",
         needs: Needs::HyperV,
         run: |stand| {
@@ -99,6 +109,17 @@ fn shows(stand: &mut Stand, flags: &[&'static str], row: &str) -> Result<String>
         "expected a power-off, but {ending}"
     );
     Ok(line)
+}
+
+/// `hello` comes up with this version of VMBus, and the balloon is served.
+fn speaks(stand: &mut Stand, version: &str) -> Result<String> {
+    let config = stand.hello(&[&format!("vmbus.version={version}")])?;
+    stand.with(&config, |vm| {
+        vm.expect(&format!("^ +VMBus +version {version}$"), PATIENCE)?;
+        vm.expect("^ +balloon +protocol 2.0", PATIENCE)?;
+        vm.expect(READY, PATIENCE)
+    })?;
+    Ok(format!("VMBus {version}, with its device"))
 }
 
 /// The guest's own checks called `name` pass, and it ends as it should.
