@@ -405,8 +405,10 @@ fn watch_idle(meter: &Meter, vm: &mut machine::Vm) -> Result<Idle> {
         .is_empty()
     {}
     meter.clear()?;
+    let start = meter.uptime()?;
     meter.idle(vm, IDLE)?;
     let exits = meter.exits()?;
+    let seconds = meter.uptime()? - start;
     let mut sums = BTreeMap::new();
     for exit in exits
         .iter()
@@ -415,7 +417,7 @@ fn watch_idle(meter: &Meter, vm: &mut machine::Vm) -> Result<Idle> {
         *sums.entry(exit.cause.to_string()).or_default() += 1;
     }
     Ok(Idle {
-        seconds: IDLE.as_secs_f64(),
+        seconds,
         exits: sums,
     })
 }
@@ -498,7 +500,7 @@ fn print(report: &Report) {
     }
     println!();
     println!(
-        "idle for {} s: {}",
+        "idle for {:.0} s: {}",
         report.idle.seconds,
         if report.idle.exits.is_empty() {
             "no exit".to_owned()

@@ -81,6 +81,16 @@ impl<'a> Meter<'a> {
             .ok_or_else(|| anyhow!("KVM's trace has lost events: its buffer is too small"))
     }
 
+    /// How long the machine has been up, in seconds of its own clock.
+    pub fn uptime(&self) -> Result<f64> {
+        let text = self.machine.read("/proc/uptime")?;
+        String::from_utf8_lossy(&text)
+            .split(' ')
+            .next()
+            .and_then(|seconds| seconds.parse().ok())
+            .ok_or_else(|| anyhow!("the machine's uptime is not a number"))
+    }
+
     /// Lets time pass while the guest does what it does.
     ///
     /// # Errors
