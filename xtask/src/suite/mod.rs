@@ -16,6 +16,7 @@ mod variants;
 mod guests;
 
 use std::{
+    path::Path,
     process::{Command, ExitCode},
     time::{Duration, Instant},
 };
@@ -172,10 +173,14 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let mut count = Count::default();
     if options.filter.is_none() {
         for package in UNIT_TESTED {
-            count.unit(unit_tests(&workspace, package)?, package);
+            count.unit(unit_tests(&workspace, package, &[], &[])?, package);
         }
     }
     let mut packages = Packages::new(&workspace.store())?;
+    if options.filter.is_none() {
+        let done = loader_tests(&workspace, &mut packages)?;
+        count.unit(done, "boot under OVMF");
+    }
     let guests = Guests::build(&workspace)?;
     for needs in [Needs::Emulation, Needs::HyperV] {
         let tests: Vec<_> = tests.iter().filter(|test| test.needs == needs).collect();
@@ -285,11 +290,58 @@ fn spurious_interrupts(console: &str) -> u64 {
         .unwrap_or(0)
 }
 
-/// Runs a package's unit tests; counts passed and failed.
-fn unit_tests(workspace: &Workspace, package: &str) -> Result<(u32, u32)> {
+/// Runs the loader's own tests under OVMF: a probe kernel checks from inside what it was handed.
+fn loader_tests(workspace: &Workspace, packages: &mut Packages) -> Result<(u32, u32)> {
+    let qemu = packages.qemu()?;
+    let ovmf = packages.ovmf()?;
+    // The tests want one program; an unpacked QEMU is started by several words.
+    let script = workspace.store().join("qemu.sh");
+    let words: Vec<String> = qemu
+        .command()
+        .iter()
+        .map(|word| format!("'{word}'"))
+        .collect();
+    std::fs::write(
+        &script,
+        format!("#!/bin/sh\nexec {} \"$@\"\n", words.join(" ")),
+    )
+    .and_then(|()| make_executable(&script))
+    .with_context(|| format!("cannot write {}", script.display()))?;
+    let places = [
+        ("ENLIT_QEMU", script.as_path()),
+        ("ENLIT_OVMF", ovmf.as_path()),
+    ];
+    unit_tests(
+        workspace,
+        "boot",
+        &["--test", "ovmf", "--", "--ignored"],
+        &places,
+    )
+}
+
+#[cfg(unix)]
+fn make_executable(file: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o755))
+}
+
+#[cfg(not(unix))]
+fn make_executable(_file: &Path) -> std::io::Result<()> {
+    Ok(())
+}
+
+/// Runs a package's unit tests, with further arguments and variables; counts passed and failed.
+fn unit_tests(
+    workspace: &Workspace,
+    package: &str,
+    arguments: &[&str],
+    variables: &[(&str, &Path)],
+) -> Result<(u32, u32)> {
     let _step = progress::step(&format!("unit tests of {package}"));
     let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
         .args(["test", "--quiet", "--package", package])
+        .args(arguments)
+        .envs(variables.iter().copied())
         .current_dir(workspace.root())
         .env("CARGO_TARGET_DIR", workspace.target())
         .output()
