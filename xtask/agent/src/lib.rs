@@ -7,8 +7,10 @@
 //! first process of a small Linux VM and the stream is a virtio port. So what
 //! is written against the protocol runs in both places unchanged.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+#[cfg(target_os = "linux")]
+mod priority;
 pub mod protocol;
 #[cfg(target_os = "linux")]
 pub mod server;

@@ -15,6 +15,7 @@ use std::{
 use command_fds::{CommandFdExt, FdMapping};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use crate::priority;
 use crate::protocol::{
     CHUNK, Event, Nanoseconds, Numbered, Request, RequestId, VERSION, VmId, receive, send,
 };
@@ -215,7 +216,13 @@ impl Running {
         let out = out.clone();
         let (started, has_started) = mpsc::channel();
         let waiter = thread::spawn(move || {
-            let child = command.spawn();
+            let child = command.spawn().and_then(|child| {
+                // As the first process: in the test machine.
+                if std::process::id() == 1 {
+                    priority::prefer(child.id())?;
+                }
+                Ok(child)
+            });
             // The command owns the monitor's far end; with it gone, QEMU's end is
             // the only one and the reader sees QEMU go.
             drop(command);
