@@ -185,6 +185,20 @@ impl Hypervisor for Partition {
         }
     }
 
+    fn wait_for_interrupt(&self, until: Option<u64>) {
+        let Some(work) = self.work.get() else {
+            return;
+        };
+        work.queue_at(until);
+        task::time::update();
+        cpu::disable_interrupts();
+        if work.take() || task::time::is_stale() {
+            cpu::enable_interrupts();
+        } else {
+            cpu::enable_interrupts_and_halt();
+        }
+    }
+
     fn request_work(&self) {
         if let Some(work) = self.work.get() {
             work.queue();

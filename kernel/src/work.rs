@@ -80,6 +80,12 @@ impl WorkItem {
         }
     }
 
+    /// Takes it out of this VP's queue. Answers whether it was there.
+    pub(crate) fn take(self) -> bool {
+        let bit = 1 << self.index;
+        per_cpu::current().work.fetch_and(!bit, Ordering::AcqRel) & bit != 0
+    }
+
     /// Its name.
     pub fn name(self) -> &'static str {
         ITEMS[self.index].run.get().map_or("", |work| work.name)

@@ -3,6 +3,7 @@
 use core::fmt;
 
 use crate::ids::{ConnectionId, VpIndex};
+use crate::protocol::Guid;
 use crate::shared::SharedPages;
 
 /// The machine below the VMBus stack: hypercalls, memory, time and interrupt level.
@@ -36,6 +37,25 @@ pub trait Hypervisor: Send + Sync {
 
     /// Goes back to `level`, as [`raise_to_dispatch`](Self::raise_to_dispatch) returned it.
     fn lower(&self, level: Level);
+
+    /// The level of the code that asks.
+    fn current_level(&self) -> Level {
+        let level = self.raise_to_dispatch();
+        self.lower(level);
+        level
+    }
+
+    /// Sleeps until an interrupt has been handled, or until reference time `until`. Returns at once when work has been
+    /// [requested](Self::request_work) since the last call. Called at PASSIVE, by code that
+    /// waits and serves the stack meanwhile.
+    fn wait_for_interrupt(&self, until: Option<u64>);
+
+    /// Guest physical address of `bytes` of address space for the memory-mapped registers of the device with
+    /// this instance GUID; the same for every call. `None` when the machine has none to give.
+    fn mmio_space(&self, instance: Guid, bytes: u64) -> Option<u64> {
+        let _ = (instance, bytes);
+        None
+    }
 
     /// Asks for `Vmbus::run_work` to be called soon, at PASSIVE. Cheap when
     /// that has been asked for already.

@@ -1,10 +1,10 @@
 //! `Vmbus`: the whole stack put together, as a kernel uses it.
 
 use alloc::boxed::Box;
-use alloc::sync::Arc;
+use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use core::task::Waker;
 
 use spin::Mutex;
@@ -12,7 +12,7 @@ use spin::Mutex;
 use crate::bus::{Bus, Config, ConnectError, Event, Offer};
 use crate::hypervisor::Hypervisor;
 use crate::ids::ChannelId;
-use crate::kmcl::{Channel, Client, Counters, Inner, State};
+use crate::kmcl::{Channel, Client, Counters, Inner, Serve, State};
 use crate::protocol::{FeatureFlags, MAX_PAYLOAD, Version};
 use crate::sync::DispatchLock;
 
@@ -29,20 +29,16 @@ pub struct Vmbus {
     /// PASSIVE only, and never held while a driver's code runs.
     bus: Mutex<Bus>,
     inbox: DispatchLock<Inbox>,
-    /// Held by the one that works.
-    worker: Mutex<Progress>,
+    /// The VP that works, plus one; 0 when none does. PASSIVE code of one VP never interrupts itself, so
+    /// whoever finds its own VP here was called by the one that works.
+    worker: AtomicU32,
+    /// The change that async code has been woken for.
+    woken: AtomicU64,
     /// Set by whoever found it held.
     again: AtomicBool,
     connection: Mutex<ConnectionState>,
     unload_requested: AtomicBool,
     unclaimed_events: AtomicU64,
-}
-
-/// What only the worker touches.
-#[derive(Default)]
-struct Progress {
-    /// The change that async code has been woken for.
-    woken: u64,
 }
 
 /// How the connection stands.
@@ -166,16 +162,20 @@ impl Inbox {
 impl Vmbus {
     /// A VMBus that is not connected. Channels are served by the VP of `config` unless they say otherwise.
     pub fn new(hypervisor: Arc<dyn Hypervisor>, config: Config) -> Arc<Self> {
-        Arc::new(Self {
+        let vmbus = Arc::new(Self {
             client: Client::new(hypervisor, config.target_vp),
             bus: Mutex::new(Bus::new(config)),
             inbox: DispatchLock::new(Inbox::new()),
-            worker: Mutex::new(Progress::default()),
+            worker: AtomicU32::new(0),
+            woken: AtomicU64::new(0),
             again: AtomicBool::new(false),
             connection: Mutex::new(ConnectionState::default()),
             unload_requested: AtomicBool::new(false),
             unclaimed_events: AtomicU64::new(0),
-        })
+        });
+        let stack: Weak<Self> = Arc::downgrade(&vmbus);
+        vmbus.client.set_stack(stack);
+        vmbus
     }
 
     /// What drivers enable their channels on.
@@ -223,12 +223,16 @@ impl Vmbus {
         self.again.store(true, Ordering::SeqCst);
         loop {
             fence(Ordering::SeqCst);
-            let Some(mut progress) = self.worker.try_lock() else {
+            let me = self.hypervisor().current_vp().0.wrapping_add(1);
+            let free = self
+                .worker
+                .compare_exchange(0, me, Ordering::SeqCst, Ordering::SeqCst);
+            if free.is_err() {
                 return;
-            };
+            }
             self.again.store(false, Ordering::SeqCst);
-            self.work(&mut progress);
-            drop(progress);
+            self.work();
+            self.worker.store(0, Ordering::SeqCst);
             fence(Ordering::SeqCst);
             if !self.again.load(Ordering::SeqCst) {
                 return;
@@ -304,7 +308,7 @@ impl Vmbus {
         self.client.changed(seen).await
     }
 
-    fn work(&self, progress: &mut Progress) {
+    fn work(&self) {
         let now = self.hypervisor().reference_time();
         self.inner().poll_rings(now);
         // Each round may give the next one something to do; channels that defer themselves anew wait for the
@@ -320,8 +324,7 @@ impl Vmbus {
             }
         }
         let changes = self.client.changes();
-        if changes != progress.woken {
-            progress.woken = changes;
+        if self.woken.swap(changes, Ordering::SeqCst) != changes {
             self.inner().wake();
         }
     }
@@ -496,6 +499,24 @@ impl Vmbus {
                 self.bus.lock().message_refused(now, error);
             }
         }
+    }
+}
+
+impl Serve for Vmbus {
+    fn serve(&self) {
+        let me = self.hypervisor().current_vp().0.wrapping_add(1);
+        if self.worker.load(Ordering::SeqCst) == me {
+            // A callback of the one that works waits here. What that one had in hand when it called stays with it;
+            // everything else is done now, whether or not somebody asked.
+            self.inner().request_attention();
+            self.work();
+        } else {
+            self.run_work();
+        }
+    }
+
+    fn deadline(&self) -> Option<u64> {
+        Vmbus::deadline(self)
     }
 }
 

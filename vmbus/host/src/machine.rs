@@ -19,7 +19,7 @@ use vmbus::protocol::Status;
 use vmbus::ring::{Outgoing, PacketBuffer};
 use vmbus::shared::{SharedPages, WeakPages};
 
-use crate::bus::{Device, Event, HvStatus, Opening, Profile, Server};
+use crate::bus::{Device, Event, HvStatus, Message, Opening, Profile, Server};
 use crate::channel::HostChannel;
 use crate::dynamic_memory::DynamicMemory;
 
@@ -105,6 +105,8 @@ pub struct Machine {
     next_page: AtomicU64,
     guest: Mutex<Option<Arc<dyn Guest>>>,
     signals: AtomicU64,
+    /// A message that the guest had no room for.
+    message_slot: Mutex<Option<Message>>,
 }
 
 /// The host's half.
@@ -148,6 +150,7 @@ impl Machine {
             next_page: AtomicU64::new(0x1000),
             guest: Mutex::new(None),
             signals: AtomicU64::new(0),
+            message_slot: Mutex::new(None),
         })
     }
 
@@ -250,19 +253,7 @@ impl Machine {
         loop {
             self.settle();
             let now = self.time.load(Ordering::SeqCst);
-            let guest = self.guest().and_then(|guest| guest.deadline());
-            let host = self.host.lock();
-            let providers = host.providers.iter();
-            let provider = providers
-                .filter(|(id, _)| host.open.contains_key(id))
-                .filter_map(|(_, provider)| provider.deadline())
-                .min();
-            let next = [guest, host.server.deadline(), provider]
-                .into_iter()
-                .flatten()
-                .min();
-            drop(host);
-            match next {
+            match self.next_deadline() {
                 Some(at) if at <= end => {
                     // Somebody whose time has come and who does nothing would keep the clock from moving.
                     self.time.store(at.max(now + 1), Ordering::SeqCst);
@@ -293,6 +284,21 @@ impl Machine {
             }
         }
         self.complain("guest and host never come to rest");
+    }
+
+    /// When guest or host wants to do something without being asked.
+    fn next_deadline(&self) -> Option<u64> {
+        let guest = self.guest().and_then(|guest| guest.deadline());
+        let host = self.host.lock();
+        let providers = host.providers.iter();
+        let provider = providers
+            .filter(|(id, _)| host.open.contains_key(id))
+            .filter_map(|(_, provider)| provider.deadline())
+            .min();
+        [guest, host.server.deadline(), provider]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn guest(&self) -> Option<Arc<dyn Guest>> {
@@ -326,14 +332,19 @@ impl Machine {
         let mut busy = false;
         loop {
             let now = self.time.load(Ordering::SeqCst);
-            let message = self.host.lock().server.poll_message(now);
-            let Some(message) = message else {
+            let mut slot = self.message_slot.lock();
+            if slot.is_none() {
+                *slot = self.host.lock().server.poll_message(now);
+            }
+            let Some(message) = slot.take() else {
                 return busy;
             };
+            drop(slot);
             busy = true;
             // A slot that is not emptied keeps its message until the guest has worked.
-            while !self.at_dispatch(|| guest.on_message(&message.payload)) {
-                guest.run_work();
+            if !self.at_dispatch(|| guest.on_message(&message.payload)) {
+                *self.message_slot.lock() = Some(message);
+                return busy;
             }
         }
     }
@@ -510,6 +521,28 @@ impl Hypervisor for Machine {
             self.dispatch.store(false, Ordering::SeqCst);
             self.deliver();
         }
+    }
+
+    fn wait_for_interrupt(&self, until: Option<u64>) {
+        for _ in 0..100_000 {
+            if self.work_requested.swap(false, Ordering::SeqCst) {
+                return;
+            }
+            let mut busy = self.run_host();
+            busy |= self.deliver_messages();
+            self.deliver();
+            if !busy && !self.work_requested.load(Ordering::SeqCst) {
+                let now = self.time.load(Ordering::SeqCst);
+                let next = self.next_deadline().into_iter().chain(until).min();
+                assert!(next.is_some(), "the guest waits for what will never happen");
+                let next = next.map_or(now, |at| at.max(now + 1));
+                self.time.store(next, Ordering::SeqCst);
+                if until.is_some_and(|until| until <= next) {
+                    return;
+                }
+            }
+        }
+        self.complain("guest and host never come to rest");
     }
 
     fn request_work(&self) {

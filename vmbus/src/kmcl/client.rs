@@ -1,7 +1,7 @@
 //! The library as a whole: the channels of one VMBus, and the way from an interrupt to a channel.
 
 use alloc::boxed::Box;
-use alloc::sync::Arc;
+use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::fmt;
 use core::future::poll_fn;
@@ -47,6 +47,16 @@ pub(crate) struct Inner {
     wakers: DispatchLock<Vec<Waker>>,
     /// Where channels without a target VP of their own are served.
     pub(crate) default_vp: VpIndex,
+    /// The whole stack, for code that waits.
+    stack: Once<Weak<dyn Serve>>,
+}
+
+/// The whole stack, as code sees it that waits for something in the middle of it.
+pub(crate) trait Serve: Send + Sync {
+    /// Does what is to be done at PASSIVE, also when this is called from a callback of a driver.
+    fn serve(&self);
+    /// When there is something to do without being asked; reference time.
+    fn deadline(&self) -> Option<u64>;
 }
 
 impl Client {
@@ -61,7 +71,12 @@ impl Client {
             changes: AtomicU64::new(0),
             wakers: DispatchLock::new(Vec::new()),
             default_vp,
+            stack: Once::new(),
         }))
+    }
+
+    pub(crate) fn set_stack(&self, stack: Weak<dyn Serve>) {
+        self.0.stack.call_once(|| stack);
     }
 
     pub(super) fn from_inner(inner: Arc<Inner>) -> Self {
@@ -176,18 +191,22 @@ impl Inner {
     /// Runs the dispatcher once for every channel that was deferred. At PASSIVE.
     pub(crate) fn run_deferred(&self) {
         for (word, base) in self.deferred.iter().zip((0u32..).step_by(64)) {
-            if word.load(Ordering::Relaxed) == 0 {
-                continue;
-            }
-            let mut bits = word.swap(0, Ordering::SeqCst);
+            let mut bits = word.load(Ordering::Acquire);
             while bits != 0 {
                 let bit = bits.trailing_zeros();
                 bits &= bits - 1;
-                if let Some(channel) = self.find(ChannelId(base + bit)) {
+                // One at a time: a driver that waits here leaves the others to whom it waits for.
+                let taken = word.fetch_and(!(1 << bit), Ordering::SeqCst) & (1 << bit) != 0;
+                if taken && let Some(channel) = self.find(ChannelId(base + bit)) {
                     channel.dispatch(Level::Passive);
                 }
             }
         }
+    }
+
+    /// The whole stack, while it exists.
+    pub(super) fn stack(&self) -> Option<Arc<dyn Serve>> {
+        self.stack.get().and_then(Weak::upgrade)
     }
 
     pub(super) fn request_work(&self) {
@@ -195,7 +214,7 @@ impl Inner {
     }
 
     /// Has the state of every channel looked at.
-    pub(super) fn request_attention(&self) {
+    pub(crate) fn request_attention(&self) {
         self.attention.store(true, Ordering::SeqCst);
         self.request_work();
     }

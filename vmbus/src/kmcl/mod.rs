@@ -4,6 +4,7 @@
 //! callbacks run: state changes at PASSIVE, packets at DISPATCH, in the very interrupt handler, or
 //! at PASSIVE when it asks for that (spec kmcl.md). This is all that a driver sees of VMBus.
 
+mod blocking;
 mod builder;
 mod channel;
 mod client;
@@ -15,6 +16,7 @@ mod lifecycle;
 mod outgoing;
 mod pipe;
 
+pub use blocking::WouldBlock;
 pub use builder::{ChannelBuilder, ConfigError};
 pub use channel::{Channel, EnabledChannel, State};
 pub use client::Client;
@@ -29,4 +31,4 @@ pub use crate::protocol::{Guid, interface};
 pub use crate::ring::{TransferPageRange, TransferPages};
 pub use crate::shared::SharedPages;
 
-pub(crate) use client::Inner;
+pub(crate) use client::{Inner, Serve};
