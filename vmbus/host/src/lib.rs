@@ -12,4 +12,5 @@ extern crate alloc;
 pub mod bus;
 pub mod channel;
 pub mod dynamic_memory;
+pub mod integration;
 pub mod machine;
