@@ -4,6 +4,9 @@
 //! happens by itself: [`settle`](Machine::settle) lets both sides run until neither has anything to do, [`advance`](Machine::advance)
 //! moves the clock. An interrupt comes at once when the guest runs at PASSIVE, in the middle of whatever it
 //! does, and else when it lowers its level.
+//!
+//! With an [`Interleave`] not even that happens by itself: it is asked wherever the guest calls the machine, and takes
+//! the machine's steps one by one ([`step_host`](Machine::step_host) and the others).
 
 use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -12,7 +15,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use spin::Mutex;
+use spin::{Mutex, Once};
 use vmbus::hypervisor::{Hypervisor, Level, OutOfMemory, PostError};
 use vmbus::ids::{ChannelId, ConnectionId, PageNumber, VpIndex};
 use vmbus::protocol::Status;
@@ -49,6 +52,16 @@ pub trait Provider: Send {
     fn deadline(&self) -> Option<u64> {
         None
     }
+}
+
+/// Decides what happens in the middle of what the guest does. A machine that has one delivers nothing unasked.
+pub trait Interleave: Send + Sync {
+    /// The guest calls the machine, at this level. At [`Level::Passive`] an interrupt may come now; at either level
+    /// the host, which has processors of its own, may do something.
+    fn at_call(&self, level: Level);
+
+    /// The guest sleeps at PASSIVE until an interrupt has been handled, or until reference time `until`.
+    fn asleep(&self, until: Option<u64>);
 }
 
 /// A provider that leaves its channel to the test.
@@ -107,6 +120,7 @@ pub struct Machine {
     signals: AtomicU64,
     /// A message that the guest had no room for.
     message_slot: Mutex<Option<Message>>,
+    interleave: Once<Arc<dyn Interleave>>,
 }
 
 /// The host's half.
@@ -151,12 +165,103 @@ impl Machine {
             guest: Mutex::new(None),
             signals: AtomicU64::new(0),
             message_slot: Mutex::new(None),
+            interleave: Once::new(),
         })
     }
 
     /// Connects the guest's end.
     pub fn attach(&self, guest: Arc<dyn Guest>) {
         *self.guest.lock() = Some(guest);
+    }
+
+    /// Takes the guest's end away.
+    pub fn detach(&self) {
+        *self.guest.lock() = None;
+    }
+
+    /// Leaves every decision to `interleave`, from now on.
+    pub fn interleave(&self, interleave: Arc<dyn Interleave>) {
+        self.interleave.call_once(|| interleave);
+    }
+
+    /// The level of the guest's code.
+    pub fn level(&self) -> Level {
+        if self.dispatch.load(Ordering::SeqCst) {
+            Level::Dispatch
+        } else {
+            Level::Passive
+        }
+    }
+
+    /// The host handles what has come to it. Returns whether anything had.
+    pub fn step_host(&self) -> bool {
+        self.run_host()
+    }
+
+    /// Delivers one of the interrupts that wait, if the guest runs at PASSIVE. Returns whether it did.
+    pub fn step_interrupt(&self, which: usize) -> bool {
+        let Some(guest) = self.guest().filter(|_| self.level() == Level::Passive) else {
+            return false;
+        };
+        let next = self.pending.lock().remove(which);
+        if let Some(id) = next {
+            self.at_dispatch(|| guest.on_event(id));
+        }
+        next.is_some()
+    }
+
+    /// Delivers the next message, if the guest runs at PASSIVE; one that it has no room for stays. Returns whether
+    /// one was taken.
+    pub fn step_message(&self) -> bool {
+        let Some(guest) = self.guest().filter(|_| self.level() == Level::Passive) else {
+            return false;
+        };
+        let now = self.time.load(Ordering::SeqCst);
+        let waiting = self.message_slot.lock().take();
+        let next = waiting.or_else(|| self.host.lock().server.poll_message(now));
+        let Some(message) = next else {
+            return false;
+        };
+        let taken = self.at_dispatch(|| guest.on_message(&message.payload));
+        if !taken {
+            *self.message_slot.lock() = Some(message);
+        }
+        taken
+    }
+
+    /// Has the guest work, if it asked for that. Returns whether it did.
+    pub fn step_work(&self) -> bool {
+        let asked = self.work_requested.swap(false, Ordering::SeqCst);
+        if let Some(guest) = self.guest().filter(|_| asked) {
+            guest.run_work();
+        }
+        asked
+    }
+
+    /// Whether the guest has asked for work that has not begun.
+    pub fn work_waits(&self) -> bool {
+        self.work_requested.load(Ordering::SeqCst)
+    }
+
+    /// Interrupts that wait.
+    pub fn pending_interrupts(&self) -> usize {
+        self.pending.lock().len()
+    }
+
+    /// Moves the clock and does nothing else. A deadline of the guest that has come asks for its work.
+    pub fn pass(&self, time: u64) {
+        let now = self.time.fetch_add(time, Ordering::SeqCst) + time;
+        if let Some(guest) = self.guest()
+            && guest.deadline().is_some_and(|at| at <= now)
+        {
+            self.work_requested.store(true, Ordering::SeqCst);
+        }
+    }
+
+    fn called(&self) {
+        if let Some(interleave) = self.interleave.get() {
+            interleave.at_call(self.level());
+        }
     }
 
     /// Offers a device, served by `provider`. `None` when no channel number is free.
@@ -241,10 +346,25 @@ impl Machine {
 
     /// Runs `code` at DISPATCH, as an interrupt handler would.
     pub fn at_dispatch<R>(&self, code: impl FnOnce() -> R) -> R {
-        let before = self.raise_to_dispatch();
+        let before = self.raise();
         let result = code();
-        self.lower(before);
+        self.lower_to(before);
         result
+    }
+
+    fn raise(&self) -> Level {
+        if self.dispatch.swap(true, Ordering::SeqCst) {
+            Level::Dispatch
+        } else {
+            Level::Passive
+        }
+    }
+
+    fn lower_to(&self, level: Level) {
+        if level == Level::Passive {
+            self.dispatch.store(false, Ordering::SeqCst);
+            self.deliver();
+        }
     }
 
     /// Moves the clock by `time` in units of 100 ns, stopping wherever guest or host wants to do something.
@@ -287,7 +407,7 @@ impl Machine {
     }
 
     /// When guest or host wants to do something without being asked.
-    fn next_deadline(&self) -> Option<u64> {
+    pub fn next_deadline(&self) -> Option<u64> {
         let guest = self.guest().and_then(|guest| guest.deadline());
         let host = self.host.lock();
         let providers = host.providers.iter();
@@ -311,6 +431,9 @@ impl Machine {
 
     /// Delivers the interrupts that wait, if the guest's level allows it.
     fn deliver(&self) {
+        if self.interleave.get().is_some() {
+            return;
+        }
         let Some(guest) = self.guest() else {
             return;
         };
@@ -455,6 +578,7 @@ impl Host {
 
 impl Hypervisor for Machine {
     fn post_message(&self, connection: ConnectionId, payload: &[u8]) -> Result<(), PostError> {
+        self.called();
         let now = self.time.load(Ordering::SeqCst);
         for _ in 0..4 {
             let status = self.host.lock().server.post(now, connection, payload);
@@ -486,6 +610,8 @@ impl Hypervisor for Machine {
             // A rescinded channel may be signalled until the guest knows.
             None => {}
         }
+        drop(host);
+        self.called();
     }
 
     fn share_pages(&self, count: usize) -> Result<SharedPages, OutOfMemory> {
@@ -509,21 +635,22 @@ impl Hypervisor for Machine {
     }
 
     fn raise_to_dispatch(&self) -> Level {
-        if self.dispatch.swap(true, Ordering::SeqCst) {
-            Level::Dispatch
-        } else {
-            Level::Passive
-        }
+        self.called();
+        self.raise()
     }
 
     fn lower(&self, level: Level) {
-        if level == Level::Passive {
-            self.dispatch.store(false, Ordering::SeqCst);
-            self.deliver();
-        }
+        self.lower_to(level);
+        self.called();
     }
 
     fn wait_for_interrupt(&self, until: Option<u64>) {
+        if let Some(interleave) = self.interleave.get() {
+            if !self.work_requested.swap(false, Ordering::SeqCst) {
+                interleave.asleep(until);
+            }
+            return;
+        }
         for _ in 0..100_000 {
             if self.work_requested.swap(false, Ordering::SeqCst) {
                 return;
@@ -548,6 +675,7 @@ impl Hypervisor for Machine {
     fn request_work(&self) {
         self.work_requests.fetch_add(1, Ordering::SeqCst);
         self.work_requested.store(true, Ordering::SeqCst);
+        self.called();
     }
 }
 

@@ -74,6 +74,14 @@ impl<T: Clone> Line<T> {
         self.rules.push(rule);
     }
 
+    /// Forgets every rule, and brings a message that waits to be overtaken.
+    pub(super) fn heal(&mut self) {
+        self.rules.clear();
+        if let Some(overtaken) = self.swapped.take() {
+            self.queue.push_back((0, overtaken));
+        }
+    }
+
     pub(super) fn len(&self) -> usize {
         self.queue.len() + usize::from(self.swapped.is_some())
     }

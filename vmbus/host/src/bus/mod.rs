@@ -260,6 +260,19 @@ impl Server {
         }
     }
 
+    /// Nothing goes wrong with messages any more, and nothing is refused.
+    pub fn heal(&mut self) {
+        self.inbox.heal();
+        self.outbox.heal();
+        self.refusals = Refusals::default();
+    }
+
+    /// Adds a message to those for the guest, whatever it says: for tests that play a broken host.
+    pub fn forge(&mut self, payload: &[u8]) {
+        let kind = Header::type_of(payload).unwrap_or(MessageType(0));
+        self.send_bytes(kind, payload);
+    }
+
     /// Adds a device's channel and offers it to a guest that has asked for offers. `None` when no
     /// channel number is free.
     pub fn add(&mut self, device: Device) -> Option<ChannelId> {
