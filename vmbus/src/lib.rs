@@ -10,6 +10,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+mod atomics;
 pub mod bus;
 pub mod drivers;
 pub mod hypervisor;
@@ -20,5 +21,6 @@ pub mod ring;
 mod runtime;
 pub mod shared;
 pub mod sync;
+mod turn;
 
 pub use runtime::{ChannelInfo, ConnectionState, OfferInfo, Snapshot, Vmbus};

@@ -31,6 +31,8 @@ pub struct ChannelBuilder {
     pub(super) maximum_packet_count: usize,
     pub(super) maximum_external: (usize, usize),
     pub(super) transaction_quota: u32,
+    pub(super) client_context_size: usize,
+    pub(super) dpc_cpu_usage: Option<u8>,
     pub(super) batch_budget: u32,
     pub(super) target_vp: Option<VpIndex>,
     pub(super) user_data: [u8; 120],
@@ -57,6 +59,8 @@ pub(super) struct Callbacks {
 pub enum ConfigError {
     /// A size or count that must not be zero is zero.
     Zero(&'static str),
+    /// A share of processor time that is not from 1 to 100 percent.
+    CpuUsage(u8),
     /// A pipe message holds at most 16384 bytes.
     PipePacketSize(usize),
     /// The outgoing ring cannot hold one packet of the maximum size.
@@ -77,6 +81,9 @@ impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Zero(what) => write!(f, "the {what} must not be zero"),
+            Self::CpuUsage(percent) => {
+                write!(f, "a share of the time is 1 to 100 percent, not {percent}")
+            }
             Self::PipePacketSize(size) => {
                 write!(f, "pipe messages hold 16384 bytes, not {size}")
             }
@@ -109,6 +116,8 @@ impl ChannelBuilder {
             maximum_packet_count: 64,
             maximum_external: (0, 0),
             transaction_quota: 64,
+            client_context_size: 0,
+            dpc_cpu_usage: None,
             batch_budget: 64,
             target_vp: None,
             user_data: [0; 120],
@@ -157,6 +166,20 @@ impl ChannelBuilder {
     /// The most received packets that may be delivered and not yet completed. Can be changed later.
     pub fn transaction_quota(mut self, packets: u32) -> Self {
         self.transaction_quota = packets;
+        self
+    }
+
+    /// Bytes of the driver's own that go with each received packet ([`ReceivedPacket::client_context`]); none without this
+    /// (`VmbChannelInitSetClientContextSize`, spec kmcl.md 1.7).
+    pub fn client_context_size(mut self, bytes: usize) -> Self {
+        self.client_context_size = bytes;
+        self
+    }
+
+    /// The share of the time, in percent from 1 to 100, that packets may be processed at DISPATCH; past it, processing
+    /// goes on at PASSIVE. Can be [changed](Channel::set_allowable_dpc_cpu_usage) later. Without it there is no limit.
+    pub fn allowable_dpc_cpu_usage(mut self, percent: u8) -> Self {
+        self.dpc_cpu_usage = Some(percent);
         self
     }
 
@@ -268,6 +291,11 @@ impl ChannelBuilder {
             if value == 0 {
                 return Err(ConfigError::Zero(what));
             }
+        }
+        if let Some(percent) = self.dpc_cpu_usage
+            && !(1..=100).contains(&percent)
+        {
+            return Err(ConfigError::CpuUsage(percent));
         }
         if self.pipe && self.maximum_packet_size > pipe::MAX_DATA {
             return Err(ConfigError::PipePacketSize(self.maximum_packet_size));

@@ -9,15 +9,17 @@ use spin::Mutex;
 use super::builder::ChannelBuilder;
 use super::client::{Client, Inner};
 use super::counters::{Counters, Live};
-use super::dispatcher::ReceiveSide;
+use super::dispatcher::{AtomicDelivery, Delivery, ReceiveSide};
 use super::error::ChannelError;
 use super::incoming::Pool;
 use super::lifecycle::Lifecycle;
 use super::outgoing::SendSide;
+use super::quota::Quota;
 use crate::ids::{ChannelId, ConnectionId};
 use crate::protocol::Guid;
 use crate::ring::Signal;
 use crate::sync::DispatchLock;
+use crate::turn::Turn;
 
 /// A handle to an enabled channel, as callbacks get it. Clones name the same channel.
 ///
@@ -78,19 +80,15 @@ pub(crate) struct Shared {
     pub(super) config: ChannelBuilder,
     pub(super) counters: Live,
 
-    /// The receiving half. Held while a batch runs, callbacks included, so it is only ever tried for, except by
-    /// closing at PASSIVE.
-    pub(super) receive: Mutex<ReceiveSide>,
-    /// Set by whoever wants a batch; the one that holds `receive` looks at it after letting go.
-    pub(super) again: AtomicBool,
-    /// Whether packets are to be delivered.
-    pub(super) receiving: AtomicBool,
+    /// The receiving half. Taken while a batch runs, callbacks included.
+    pub(super) receive: Turn<ReceiveSide>,
+    /// What a batch may take from the ring.
+    pub(super) delivery: AtomicDelivery,
     pub(super) passive: AtomicBool,
-    pub(super) quota: AtomicU32,
-    /// Packets delivered and not yet completed.
-    pub(super) outstanding: AtomicU32,
-    /// Whether delivery waits for the quota or for a buffer.
-    pub(super) starved: AtomicBool,
+    /// Percent of the time that batches at DISPATCH may take; 0 without a limit.
+    dpc_cpu_usage: AtomicU8,
+    /// Packets that the driver holds, and whether delivery waits for one of them or for a place.
+    pub(super) quota: Quota,
     pub(super) pool: DispatchLock<Pool>,
 
     pub(super) send: DispatchLock<SendSide>,
@@ -116,14 +114,16 @@ impl Shared {
         let buffers = quota as usize + packets + 2;
         Self {
             counters: Live::default(),
-            receive: Mutex::new(ReceiveSide::default()),
-            again: AtomicBool::new(false),
-            receiving: AtomicBool::new(false),
+            receive: Turn::new(ReceiveSide::default()),
+            delivery: AtomicDelivery::new(),
             passive: AtomicBool::new(config.passive),
-            quota: AtomicU32::new(quota),
-            outstanding: AtomicU32::new(0),
-            starved: AtomicBool::new(false),
-            pool: DispatchLock::new(Pool::new(buffers, config.maximum_packet_size)),
+            dpc_cpu_usage: AtomicU8::new(config.dpc_cpu_usage.unwrap_or(0)),
+            quota: Quota::new(quota),
+            pool: DispatchLock::new(Pool::new(
+                buffers,
+                config.maximum_packet_size,
+                config.client_context_size,
+            )),
             send: DispatchLock::new(SendSide::new(packets, buffers)),
             poll_at: AtomicU64::new(u64::MAX),
             id: AtomicU32::new(0),
@@ -172,11 +172,19 @@ impl Shared {
 
     /// Ends the channel because something is wrong; the first reason counts.
     pub(super) fn fail(&self, reason: ChannelError) {
-        self.receiving.store(false, Ordering::SeqCst);
+        self.delivery.restrict(Delivery::CompletionsOnly);
         self.failed
             .lock(&*self.client.hypervisor)
             .get_or_insert(reason);
         self.client.request_attention();
+    }
+
+    /// Percent of the time that batches at DISPATCH may take, if there is a limit.
+    pub(super) fn cpu_limit(&self) -> Option<u8> {
+        match self.dpc_cpu_usage.load(Ordering::Relaxed) {
+            0 => None,
+            percent => Some(percent),
+        }
     }
 
     pub(super) fn signal_host(&self) {
@@ -236,12 +244,20 @@ impl Channel {
     /// channel was built with. A higher quota does not restart a delivery that waits: the next completion does.
     pub fn set_transaction_quota(&self, packets: u32) {
         let most = self.0.config.transaction_quota;
-        self.0.quota.store(packets.clamp(1, most), Ordering::SeqCst);
+        self.0.quota.set_limit(packets.clamp(1, most));
     }
 
-    /// Packets delivered and not yet completed.
+    /// The share of the time, in percent from 1 to 100, that packets may be processed at DISPATCH, from the next batch on.
+    /// A tracked window is 10 ms of reference time; when its share is used up, processing goes on at PASSIVE
+    /// (`VmbChannelSetAllowableDpcCpuUsage`, spec kmcl.md 1.7).
+    pub fn set_allowable_dpc_cpu_usage(&self, percent: u8) {
+        let percent = percent.clamp(1, 100);
+        self.0.dpc_cpu_usage.store(percent, Ordering::Relaxed);
+    }
+
+    /// Packets that the driver holds: delivered, kept beyond the callback, and not yet completed.
     pub fn outstanding_packets(&self) -> u32 {
-        self.0.outstanding.load(Ordering::Relaxed)
+        self.0.quota.held()
     }
 }
 

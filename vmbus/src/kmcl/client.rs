@@ -12,6 +12,7 @@ use spin::{Mutex, Once};
 
 use super::builder::ChannelBuilder;
 use super::channel::{Channel, EnabledChannel, Shared};
+use super::deferred::Deferred;
 use crate::hypervisor::{Hypervisor, Level};
 use crate::ids::{ChannelId, VpIndex};
 use crate::shared::SharedPages;
@@ -34,8 +35,8 @@ pub(crate) struct Inner {
     pub(crate) hypervisor: Arc<dyn Hypervisor>,
     /// Open channels by number. Pieces come into being as numbers are used.
     table: [Once<Box<[Slot; CHUNK]>>; CHUNKS],
-    /// Channels that want the dispatcher at PASSIVE: one bit each.
-    deferred: [AtomicU64; CHUNKS],
+    /// Channels that want the dispatcher at PASSIVE.
+    deferred: Deferred,
     /// Whether some channel wants its state looked at.
     attention: AtomicBool,
     /// Every channel that is not Disabled. PASSIVE only.
@@ -64,7 +65,7 @@ impl Client {
         Self(Arc::new(Inner {
             hypervisor,
             table: [const { Once::new() }; CHUNKS],
-            deferred: [const { AtomicU64::new(0) }; CHUNKS],
+            deferred: Deferred::new(),
             attention: AtomicBool::new(false),
             channels: Mutex::new(Vec::new()),
             kept: Mutex::new(Vec::new()),
@@ -181,27 +182,17 @@ impl Inner {
 
     /// Has the dispatcher run for a channel at PASSIVE.
     pub(super) fn defer(&self, id: ChannelId) {
-        let word = id.index().and_then(|index| self.deferred.get(index / 64));
-        if let Some(word) = word {
-            word.fetch_or(1 << (id.0 % 64), Ordering::SeqCst);
-            self.request_work();
-        }
+        self.deferred.add(id);
+        self.request_work();
     }
 
     /// Runs the dispatcher once for every channel that was deferred. At PASSIVE.
     pub(crate) fn run_deferred(&self) {
-        for (word, base) in self.deferred.iter().zip((0u32..).step_by(64)) {
-            let mut bits = word.load(Ordering::Acquire);
-            while bits != 0 {
-                let bit = bits.trailing_zeros();
-                bits &= bits - 1;
-                // One at a time: a driver that waits here leaves the others to whom it waits for.
-                let taken = word.fetch_and(!(1 << bit), Ordering::SeqCst) & (1 << bit) != 0;
-                if taken && let Some(channel) = self.find(ChannelId(base + bit)) {
-                    channel.dispatch(Level::Passive);
-                }
+        self.deferred.serve_each(|id| {
+            if let Some(channel) = self.find(id) {
+                channel.dispatch(Level::Passive);
             }
-        }
+        });
     }
 
     /// The whole stack, while it exists.

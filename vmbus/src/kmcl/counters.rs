@@ -44,6 +44,8 @@ counters! {
     quota_stops,
     /// Batches that ended because their budget was spent.
     budget_stops,
+    /// Batches at DISPATCH that ended, or did not begin, because the channel's allowable share of the time was used up.
+    cpu_budget_stops,
     /// Times that a packet had to wait because the ring was full.
     ring_full_waits,
     /// Interrupts that found nothing to do.

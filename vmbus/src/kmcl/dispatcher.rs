@@ -1,29 +1,74 @@
 //! The dispatcher: takes packets from the ring to the driver.
 //!
 //! There is one. It runs at DISPATCH from the channel's interrupt and at PASSIVE from the work queue; the level
-//! is an argument. A batch ends when the ring is empty, the quota reached, the budget spent, or the driver
-//! wants PASSIVE; whatever the end, processing-complete runs if there were packets, and then the
+//! is an argument. A batch ends when the ring is empty, the quota reached, the budget or the time at DISPATCH spent, or
+//! the driver wants PASSIVE; whatever the end, processing-complete runs if there were packets, and then the
 //! read position is published (design.md, A packet's way).
 
-use core::sync::atomic::{Ordering, fence};
+use alloc::boxed::Box;
+use core::ops::ControlFlow;
 
 use super::ChannelError;
-use super::channel::Channel;
+use super::channel::{Channel, Shared};
+use super::cpu_usage::{CpuUsage, PACKETS_PER_LOOK};
 use super::incoming::{Content, Fate, ReceivedPacket};
 use super::pipe;
+use super::trace;
+use crate::atomics::{AtomicU8, Ordering};
 use crate::hypervisor::Level;
 use crate::ring::{Kind, PacketBuffer, Reader};
+
+/// What may be taken from the ring.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Delivery {
+    /// Nothing: the channel is not open yet, or its ring is broken.
+    Off,
+    /// Completions, as long as no data packet stands before them: the channel is paused or stops, and what the
+    /// driver has sent still ends (spec kmcl.md 6.1, 5).
+    CompletionsOnly,
+    /// Everything.
+    All,
+}
+
+/// The [`Delivery`] of a channel, seen by every VP.
+pub(super) struct AtomicDelivery(AtomicU8);
+
+impl AtomicDelivery {
+    pub(super) fn new() -> Self {
+        Self(AtomicU8::new(Delivery::Off as u8))
+    }
+
+    pub(super) fn get(&self) -> Delivery {
+        match self.0.load(Ordering::Acquire) {
+            0 => Delivery::Off,
+            1 => Delivery::CompletionsOnly,
+            _ => Delivery::All,
+        }
+    }
+
+    /// Has everything taken from now on. The dispatcher must be run after this.
+    pub(super) fn set_all(&self) {
+        self.0.store(Delivery::All as u8, Ordering::Release);
+    }
+
+    /// Has no more than `most` taken from now on. A batch that runs notices at its next packet; once the receiving half
+    /// has been [free](Shared::alone), it has.
+    pub(super) fn restrict(&self, most: Delivery) {
+        self.0.fetch_min(most as u8, Ordering::AcqRel);
+    }
+}
 
 /// The receiving half of a channel.
 #[derive(Default)]
 pub(super) struct ReceiveSide {
     reader: Option<Reader>,
-    /// A buffer for the next packet, while the driver holds no other.
-    spare: Option<PacketBuffer>,
+    /// A place for the next packet, while the driver holds no other.
+    spare: Option<Box<Content>>,
     /// Where completions are read to.
     completion: PacketBuffer,
     /// A packet that is to be delivered again, before all others.
-    deferred: Option<Content>,
+    deferred: Option<Box<Content>>,
+    cpu: CpuUsage,
 }
 
 /// Why a batch ended.
@@ -33,6 +78,7 @@ enum Stop {
     /// The driver holds too many packets; the completion of one goes on.
     Starved,
     Budget,
+    CpuUsage,
     NeedsPassive,
     Closed,
 }
@@ -52,31 +98,47 @@ impl Channel {
     pub(super) fn dispatch(&self, level: Level) {
         let shared = self.shared();
         let mut budget = shared.config.batch_budget;
-        shared.again.store(true, Ordering::SeqCst);
-        loop {
-            // Between "again" and the lock, here and after the lock: of two that meet, one sees the other.
-            fence(Ordering::SeqCst);
-            let Some(mut side) = shared.receive.try_lock() else {
-                return;
-            };
-            shared.again.store(false, Ordering::SeqCst);
-            let outcome = match side.run(self, level, &mut budget) {
-                Ok(outcome) => outcome,
-                Err(error) => {
-                    shared.fail(error);
-                    Outcome::Done
+        shared
+            .receive
+            .run(|side| match side.run(self, level, &mut budget) {
+                Ok(Outcome::Done) => ControlFlow::Continue(()),
+                Ok(Outcome::Later) => {
+                    shared.defer();
+                    ControlFlow::Break(())
                 }
-            };
-            drop(side);
-            if outcome == Outcome::Later {
-                shared.defer();
-                return;
-            }
-            fence(Ordering::SeqCst);
-            if !shared.again.load(Ordering::SeqCst) {
-                return;
-            }
+                Err(error) => {
+                    shared.delivery.restrict(Delivery::Off);
+                    shared.fail(error);
+                    ControlFlow::Continue(())
+                }
+            });
+        if shared.delivery.get() != Delivery::All {
+            // Somebody may wait for the end of this batch.
+            shared.client.request_attention();
         }
+    }
+}
+
+impl Shared {
+    /// Has no data packet delivered any more. `false` while one is: then attention is requested when its batch has
+    /// ended, and this is to be called again.
+    pub(super) fn stop_delivery(&self) -> bool {
+        self.delivery.restrict(Delivery::CompletionsOnly);
+        self.receive.enter(|_| ()).is_some_and(|taken| {
+            if taken.asked {
+                self.defer();
+            }
+            true
+        })
+    }
+
+    /// Runs `work` on the receiving half while no batch runs. At PASSIVE, and not from this channel's packet callbacks.
+    pub(super) fn alone<R>(&self, work: impl FnOnce(&mut ReceiveSide) -> R) -> R {
+        let taken = self.receive.wait(work);
+        if taken.asked {
+            self.defer();
+        }
+        taken.result
     }
 }
 
@@ -86,9 +148,9 @@ impl ReceiveSide {
     }
 
     /// Lets go of the ring, and gives back what would have been delivered again.
-    pub(super) fn detach(&mut self) -> Option<PacketBuffer> {
+    pub(super) fn detach(&mut self) -> Option<Box<Content>> {
         self.reader = None;
-        self.deferred.take().map(|content| content.buffer)
+        self.deferred.take()
     }
 
     fn run(
@@ -103,7 +165,7 @@ impl ReceiveSide {
             let Some(reader) = self.reader.as_ref() else {
                 return Ok(Outcome::Done);
             };
-            if !shared.receiving.load(Ordering::SeqCst) {
+            if shared.delivery.get() == Delivery::Off {
                 return Ok(Outcome::Done);
             }
             reader.mask()?;
@@ -119,13 +181,18 @@ impl ReceiveSide {
                     complete(channel, delivered);
                 }
             }
+            let taken = left - *budget;
+            trace::fetch_ended(shared, taken, shared.config.batch_budget);
+            if level == Level::Dispatch && shared.cpu_limit().is_some() {
+                self.cpu.stop(shared.client.hypervisor.reference_time());
+            }
             let stop = stop?;
             let Some(reader) = self.reader.as_mut() else {
                 return Ok(Outcome::Done);
             };
             shared.signal_after_receive(reader.publish()?);
 
-            if *budget != left {
+            if taken > 0 {
                 shared.counters.batches.add(1);
             } else if first && !sent && stop == Stop::Empty && level == Level::Dispatch {
                 shared.counters.spurious_events.add(1);
@@ -140,10 +207,17 @@ impl ReceiveSide {
                 // The ring stays masked: nothing that the host could tell would change anything.
                 Stop::Starved => {
                     shared.counters.quota_stops.add(1);
+                    trace::quota_hit(shared);
                     return Ok(Outcome::Done);
                 }
                 Stop::Budget => {
                     shared.counters.budget_stops.add(1);
+                    trace::budget_hit(shared);
+                    return Ok(Outcome::Later);
+                }
+                Stop::CpuUsage => {
+                    shared.counters.cpu_budget_stops.add(1);
+                    trace::budget_hit(shared);
                     return Ok(Outcome::Later);
                 }
                 Stop::NeedsPassive => return Ok(Outcome::Later),
@@ -153,6 +227,9 @@ impl ReceiveSide {
     }
 
     /// Takes packets until there is a reason to stop.
+    ///
+    /// With a limit on the time at DISPATCH the clock is read before the batch and every [`PACKETS_PER_LOOK`] packets;
+    /// without one nothing is looked at, per packet or otherwise.
     fn batch(
         &mut self,
         channel: &Channel,
@@ -161,88 +238,134 @@ impl ReceiveSide {
         delivered: &mut u32,
     ) -> Result<Stop, ChannelError> {
         let shared = channel.shared();
+        let limit = match level {
+            Level::Dispatch => shared.cpu_limit(),
+            Level::Passive => None,
+        };
+        let Some(percent) = limit else {
+            return self.slice(channel, level, budget, 0, delivered);
+        };
         loop {
-            if !shared.receiving.load(Ordering::SeqCst) {
+            let now = shared.client.hypervisor.reference_time();
+            if self.cpu.is_spent(now, percent) {
+                return Ok(Stop::CpuUsage);
+            }
+            let end = budget.saturating_sub(PACKETS_PER_LOOK);
+            let stop = self.slice(channel, level, budget, end, delivered)?;
+            if stop != Stop::Budget || *budget == 0 {
+                return Ok(stop);
+            }
+        }
+    }
+
+    /// Takes packets until the budget is down to `end`, or there is another reason to stop.
+    fn slice(
+        &mut self,
+        channel: &Channel,
+        level: Level,
+        budget: &mut u32,
+        end: u32,
+        delivered: &mut u32,
+    ) -> Result<Stop, ChannelError> {
+        let shared = channel.shared();
+        let passive = level == Level::Passive;
+        loop {
+            let delivery = shared.delivery.get();
+            if delivery == Delivery::Off {
                 return Ok(Stop::Closed);
             }
-            let passive = level == Level::Passive;
-            let content = if let Some(content) = self.deferred.take_if(|_| passive) {
-                content
-            } else if self.deferred.is_some() {
-                return Ok(Stop::NeedsPassive);
-            } else {
-                let Some(reader) = self.reader.as_mut() else {
-                    return Ok(Stop::Closed);
-                };
-                let Some(head) = reader.peek()? else {
-                    return Ok(Stop::Empty);
-                };
-                if *budget == 0 {
-                    return Ok(Stop::Budget);
-                }
-                if head.kind() == Kind::COMPLETION {
-                    // No quota stands in the way of completions: the packets of the driver may wait for them.
-                    reader.read(&mut self.completion)?;
-                    *budget -= 1;
-                    let completion = &self.completion;
-                    channel.complete_transaction(completion.transaction_id(), completion.payload());
-                    continue;
-                }
-                if !passive && shared.passive.load(Ordering::SeqCst) {
+            if self.deferred.is_some() && delivery == Delivery::All {
+                if !passive {
                     return Ok(Stop::NeedsPassive);
                 }
-                let Some(mut buffer) = self.admit(channel) else {
-                    return Ok(Stop::Starved);
-                };
-                let read = reader_of(&mut self.reader)?.read(&mut buffer);
-                let data = match read {
-                    Ok(_) if shared.config.pipe => pipe::parse(buffer.payload()),
-                    Ok(_) => Ok(0..buffer.payload().len()),
-                    Err(error) => Err(error.into()),
-                };
-                match data {
-                    Ok(data) => Content { buffer, data },
-                    Err(error) => {
-                        self.spare = Some(buffer);
-                        return Err(error);
+                if let Some(content) = self.deferred.take() {
+                    *budget = budget.saturating_sub(1);
+                    if let Some(stop) = self.deliver(channel, content, level, delivered) {
+                        return Ok(stop);
                     }
+                    continue;
                 }
+            }
+            let Some(reader) = self.reader.as_mut() else {
+                return Ok(Stop::Closed);
             };
-            *budget = budget.saturating_sub(1);
+            let Some(head) = reader.peek()? else {
+                return Ok(Stop::Empty);
+            };
+            if *budget <= end {
+                return Ok(Stop::Budget);
+            }
+            if head.kind() == Kind::COMPLETION {
+                // No quota stands in the way of completions: the packets of the driver may wait for them.
+                reader.read(&mut self.completion)?;
+                *budget -= 1;
+                let completion = &self.completion;
+                trace::fetched(shared, true, completion.transaction_id());
+                channel.complete_transaction(completion.transaction_id(), completion.payload());
+                continue;
+            }
+            if delivery == Delivery::CompletionsOnly {
+                return Ok(Stop::Closed);
+            }
+            if !passive && shared.passive.load(Ordering::Relaxed) {
+                return Ok(Stop::NeedsPassive);
+            }
+            let Some(mut content) = self.admit(shared) else {
+                return Ok(Stop::Starved);
+            };
+            if let Err(error) = self.read(shared, &mut content) {
+                self.spare = Some(content);
+                return Err(error);
+            }
+            *budget -= 1;
             if let Some(stop) = self.deliver(channel, content, level, delivered) {
                 return Ok(stop);
             }
         }
     }
 
-    /// A buffer for one more packet, if quota and memory allow one.
-    fn admit(&mut self, channel: &Channel) -> Option<PacketBuffer> {
-        let shared = channel.shared();
-        loop {
-            let quota = shared.quota.load(Ordering::SeqCst);
-            if shared.outstanding.load(Ordering::SeqCst) < quota {
-                let pooled = || shared.pool.lock(&*shared.client.hypervisor).take();
-                if let Some(buffer) = self.spare.take().or_else(pooled) {
-                    return Some(buffer);
-                }
-            }
-            // A completion lowers the count first and looks at the flag after; so the other way here.
-            if shared.starved.swap(true, Ordering::SeqCst) {
+    /// Copies the next packet out of the ring.
+    fn read(&mut self, shared: &Shared, content: &mut Content) -> Result<(), ChannelError> {
+        let reader = self.reader.as_mut().ok_or(ChannelError::Disabled)?;
+        reader.read(content)?;
+        trace::fetched(shared, false, content.transaction_id());
+        content.data = if shared.config.pipe {
+            pipe::parse(content.payload())?
+        } else {
+            0..content.payload().len()
+        };
+        content.clear_context();
+        Ok(())
+    }
+
+    /// A place for one more packet, if quota and memory allow one.
+    fn admit(&mut self, shared: &Shared) -> Option<Box<Content>> {
+        let mut place = || {
+            if !shared.quota.admits() {
                 return None;
             }
+            let pooled = || shared.pool.lock(&*shared.client.hypervisor).take();
+            self.spare.take().or_else(pooled)
+        };
+        if let Some(content) = place() {
+            return Some(content);
         }
+        // A completion that came before the mark is seen by the look after it, a later one sees the mark.
+        shared.quota.mark_starved();
+        let content = place()?;
+        shared.quota.take_starved();
+        Some(content)
     }
 
     /// Hands one packet to the driver.
     fn deliver(
         &mut self,
         channel: &Channel,
-        content: Content,
+        content: Box<Content>,
         level: Level,
         delivered: &mut u32,
     ) -> Option<Stop> {
         let shared = channel.shared();
-        shared.outstanding.fetch_add(1, Ordering::SeqCst);
         let mut fate = Fate::Undecided;
         let packet = ReceivedPacket::new(channel, content, &mut fate, level);
         match &shared.config.callbacks.process_packet {
@@ -250,8 +373,8 @@ impl ReceiveSide {
             None => packet.complete(&[]),
         }
         match fate {
-            Fate::Completed(buffer) => {
-                self.keep(channel, buffer);
+            Fate::Completed(content) => {
+                self.keep(shared, content);
                 *delivered += 1;
                 None
             }
@@ -260,37 +383,30 @@ impl ReceiveSide {
                 None
             }
             Fate::Deferred(content) => {
-                shared.outstanding.fetch_sub(1, Ordering::SeqCst);
                 shared.counters.deferrals.add(1);
                 self.deferred = Some(content);
                 Some(Stop::NeedsPassive)
             }
-            Fate::Failed(buffer, reason) => {
-                shared.outstanding.fetch_sub(1, Ordering::SeqCst);
-                self.keep(channel, Some(buffer));
+            Fate::Failed(content, reason) => {
+                self.keep(shared, Some(content));
                 *delivered += 1;
                 shared.fail(ChannelError::Packet(reason));
                 Some(Stop::Closed)
             }
             // Only a driver that forgets the value comes here; nobody else can complete it.
             Fate::Undecided => {
-                shared.outstanding.fetch_sub(1, Ordering::SeqCst);
                 shared.fail(ChannelError::Packet("the driver forgot a packet"));
                 Some(Stop::Closed)
             }
         }
     }
 
-    /// Puts a buffer where the next packet finds it.
-    fn keep(&mut self, channel: &Channel, buffer: Option<PacketBuffer>) {
-        if let Some(buffer) = buffer
-            && let Some(other) = self.spare.replace(buffer)
+    /// Puts a place where the next packet finds it.
+    fn keep(&mut self, shared: &Shared, content: Option<Box<Content>>) {
+        if let Some(content) = content
+            && let Some(other) = self.spare.replace(content)
         {
-            channel.shared().recycle(other);
+            shared.recycle(other);
         }
     }
-}
-
-fn reader_of(reader: &mut Option<Reader>) -> Result<&mut Reader, ChannelError> {
-    reader.as_mut().ok_or(ChannelError::Disabled)
 }

@@ -9,6 +9,7 @@ use core::sync::atomic::Ordering;
 use spin::Mutex;
 
 use super::channel::{Channel, State};
+use super::dispatcher::Delivery;
 use super::error::ChannelError;
 use super::outgoing::Gate;
 use crate::bus::{Bus, GpaRange, GpadlError, Offer, OpenError, OpenParameters};
@@ -162,7 +163,8 @@ impl Channel {
         };
         let downstream_page = config.outgoing_pages + 1;
         let (outgoing, incoming) = Ring::split(&memory, downstream_page)?;
-        shared.receive.lock().attach(Reader::new(incoming.clone()));
+        let reader = Reader::new(incoming.clone());
+        shared.alone(|side| side.attach(reader));
         let writer = Writer::new(outgoing)?;
         shared
             .send
@@ -206,7 +208,7 @@ impl Channel {
         if let Some(started) = &callbacks.started {
             started(self);
         }
-        shared.receiving.store(true, Ordering::SeqCst);
+        shared.delivery.set_all();
         shared.send.lock(&*shared.client.hypervisor).gate = Gate::Open;
         shared.set_state(State::Active);
         // Whatever came or was lined up before: interrupts until now found delivery off.
@@ -269,7 +271,9 @@ impl Channel {
                 self.end(bus, ChannelError::Disabled);
             }
             Phase::Running => {
-                if let Some(reason) = self.reason_to_stop() {
+                if let Some(reason) = self.reason_to_stop()
+                    && shared.stop_delivery()
+                {
                     self.stop(bus, reason);
                 }
             }
@@ -298,10 +302,10 @@ impl Channel {
 
     fn suspend(&self, reason: ChannelError) {
         let shared = self.shared();
-        shared.receiving.store(false, Ordering::SeqCst);
+        shared.delivery.restrict(Delivery::CompletionsOnly);
         shared.send.lock(&*shared.client.hypervisor).gate = Gate::CompletionsOnly;
-        // A batch that runs now sees that delivery is off; once this lock was free none runs or will.
-        drop(shared.receive.lock());
+        // A batch that runs now sees that; once the receiving half was free no packet is being delivered or will be.
+        shared.alone(|_| ());
         let announced = {
             let mut lifecycle = shared.lifecycle.lock();
             lifecycle.reason = Some(reason);
@@ -320,7 +324,7 @@ impl Channel {
     }
 
     fn drain(&self, bus: &Mutex<Bus>) {
-        if self.shared().outstanding.load(Ordering::SeqCst) == 0 {
+        if self.shared().quota.held() == 0 {
             self.close(bus);
         }
     }
@@ -355,7 +359,8 @@ impl Channel {
             shared.client.uninstall(id);
         }
         shared.set_id(None);
-        let left = shared.receive.lock().detach();
+        shared.delivery.restrict(Delivery::Off);
+        let left = shared.alone(|side| side.detach());
         if let Some(buffer) = left {
             shared.recycle(buffer);
         }

@@ -9,12 +9,16 @@ mod builder;
 mod channel;
 mod client;
 mod counters;
+mod cpu_usage;
+mod deferred;
 mod dispatcher;
 mod error;
 mod incoming;
 mod lifecycle;
 mod outgoing;
 mod pipe;
+mod quota;
+mod trace;
 
 pub use blocking::WouldBlock;
 pub use builder::{ChannelBuilder, ConfigError};

@@ -11,11 +11,11 @@ use core::sync::atomic::Ordering;
 
 use super::channel::{Channel, Shared};
 use super::error::{AllocateError, ChannelError, PacketError, SendError, SendFailure};
-use super::pipe;
+use super::incoming::Content;
+use super::{pipe, trace};
 use crate::ids::PAGE_SIZE;
 use crate::ring::{
-    Outgoing, PacketBuffer, PushError, Ring, RingError, Room, ScatterList, Signal, Writer,
-    largest_packet,
+    Outgoing, PushError, Ring, RingError, Room, ScatterList, Signal, Writer, largest_packet,
 };
 use crate::shared::SharedPages;
 
@@ -257,7 +257,7 @@ pub(super) struct SendSide {
 /// A packet that waits for room in the ring.
 enum Queued {
     Packet(Box<Body>),
-    Completion(PacketBuffer),
+    Completion(Box<Content>),
 }
 
 /// A place for a packet that the host has yet to answer.
@@ -562,9 +562,9 @@ impl Shared {
     /// Writes the completion of a received packet, or lines it up. Gives the buffer back when it is free.
     pub(super) fn send_completion(
         &self,
-        mut buffer: PacketBuffer,
+        mut buffer: Box<Content>,
         data: &[u8],
-    ) -> Option<PacketBuffer> {
+    ) -> Option<Box<Content>> {
         let mut side = self.send.lock(&*self.client.hypervisor);
         if side.gate == Gate::Shut {
             return Some(buffer);
@@ -678,6 +678,7 @@ impl Shared {
     /// Counts packets written to the ring, and tells the host about them if it waits for them.
     fn written(&self, packets: u64, signal: Signal) {
         self.counters.packets_sent.add(packets);
+        trace::sent(self, packets);
         match signal {
             Signal::Needed => self.signal_host(),
             Signal::NotNeeded => self.counters.signals_suppressed.add(1),

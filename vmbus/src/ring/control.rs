@@ -1,9 +1,8 @@
 //! A ring's control page: two offsets and the words by which the ends spare each other signals
 //! (spec vmbus.md 6.1).
 
-use core::sync::atomic::{AtomicU32, Ordering};
-
 use super::{Ring, RingError};
+use crate::atomics::{AtomicU32, Ordering};
 
 /// Offset of the producer's position, written by the producer.
 const PRODUCER: usize = 0;

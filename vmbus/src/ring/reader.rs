@@ -1,11 +1,10 @@
 //! The consuming end of a ring.
 
-use core::sync::atomic::{Ordering, fence};
-
 use zerocopy::FromBytes;
 
 use super::packet::{DESCRIPTOR, Descriptor, Kind, PacketBuffer};
 use super::{FOOTER, Ring, RingError, Signal};
+use crate::atomics::{Ordering, fence};
 
 /// The consuming end: copies packets out, and says when the producer must be signalled.
 ///

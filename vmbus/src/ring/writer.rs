@@ -1,10 +1,10 @@
 //! The producing end of a ring.
 
 use core::fmt;
-use core::sync::atomic::{Ordering, fence};
 
 use super::packet::Outgoing;
 use super::{Ring, RingError, Signal};
+use crate::atomics::{Ordering, fence};
 
 /// The producing end: writes packets, and says when the consumer must be signalled.
 ///
