@@ -448,6 +448,7 @@ impl Vmbus {
         }
         if acknowledged {
             self.inner().kept.lock().clear();
+            self.inner().kept_lent.lock().clear();
         }
     }
 

@@ -29,7 +29,11 @@ pub struct ChannelBuilder {
     pub(super) outgoing_pages: usize,
     pub(super) maximum_packet_size: usize,
     pub(super) maximum_packet_count: usize,
-    pub(super) maximum_external: (usize, usize),
+    /// Bytes and ranges.
+    pub(super) maximum_external: Option<(usize, usize)>,
+    pub(super) inline_packet_context_size: usize,
+    /// Whether the page counts are the driver's wish.
+    pub(super) rings_are_sized: bool,
     pub(super) transaction_quota: u32,
     pub(super) client_context_size: usize,
     pub(super) dpc_cpu_usage: Option<u8>,
@@ -114,7 +118,9 @@ impl ChannelBuilder {
             outgoing_pages: 4,
             maximum_packet_size: 1024,
             maximum_packet_count: 64,
-            maximum_external: (0, 0),
+            maximum_external: None,
+            inline_packet_context_size: 0,
+            rings_are_sized: false,
             transaction_quota: 64,
             client_context_size: 0,
             dpc_cpu_usage: None,
@@ -139,16 +145,27 @@ impl ChannelBuilder {
         self
     }
 
-    /// Data pages of the rings, without their control pages.
+    /// Data pages of the rings, without their control pages. Without this call they have room for several of the largest
+    /// packets that the maxima allow, and at least 4 pages.
     pub fn ring_pages(mut self, incoming: usize, outgoing: usize) -> Self {
         (self.incoming_pages, self.outgoing_pages) = (incoming, outgoing);
+        self.rings_are_sized = true;
+        self
+    }
+
+    /// Sizes the rings after the maxima, unless the driver did.
+    fn size_rings(mut self) -> Self {
+        if !self.rings_are_sized {
+            let pages = self.default_ring_pages();
+            (self.incoming_pages, self.outgoing_pages) = (pages, pages);
+        }
         self
     }
 
     /// The most bytes of data in one sent packet.
     pub fn maximum_packet_size(mut self, bytes: usize) -> Self {
         self.maximum_packet_size = bytes;
-        self
+        self.size_rings()
     }
 
     /// The most packets to send that exist at one time.
@@ -157,9 +174,15 @@ impl ChannelBuilder {
         self
     }
 
-    /// The most external data of one packet: pages in all, and ranges.
-    pub fn maximum_external_data(mut self, pages: usize, ranges: usize) -> Self {
-        self.maximum_external = (pages, ranges);
+    /// The most external data of one packet: bytes in all, and ranges. Without this call there is none.
+    pub fn maximum_external_data(mut self, bytes: usize, ranges: usize) -> Self {
+        self.maximum_external = Some((bytes, ranges));
+        self.size_rings()
+    }
+
+    /// Bytes of context that the driver has in each packet to send.
+    pub fn inline_packet_context_size(mut self, bytes: usize) -> Self {
+        self.inline_packet_context_size = bytes;
         self
     }
 
@@ -204,7 +227,7 @@ impl ChannelBuilder {
     /// Messages have a pipe header; no transactions, no external data.
     pub fn pipe(mut self) -> Self {
         self.pipe = true;
-        self
+        self.size_rings()
     }
 
     /// Packets are delivered at PASSIVE only. Can be changed later.
@@ -287,6 +310,14 @@ impl ChannelBuilder {
             (self.maximum_packet_count, "maximum packet count"),
             (self.transaction_quota as usize, "transaction quota"),
             (self.batch_budget as usize, "batch budget"),
+            (
+                self.maximum_external.map_or(1, |(bytes, _)| bytes),
+                "maximum external data size",
+            ),
+            (
+                self.maximum_external.map_or(1, |(_, ranges)| ranges),
+                "maximum external data range count",
+            ),
         ] {
             if value == 0 {
                 return Err(ConfigError::Zero(what));
@@ -314,18 +345,6 @@ impl ChannelBuilder {
             return Err(ConfigError::RingTooSmall { need, limit });
         }
         Ok(())
-    }
-
-    /// Bytes in the ring of the largest packet that this configuration allows.
-    fn largest_packet(&self) -> usize {
-        let header = if self.pipe { pipe::HEADER } else { 0 };
-        let (pages, ranges) = self.maximum_external;
-        let external = pages.saturating_add(ranges).saturating_mul(8);
-        // Descriptor, range header, footer.
-        32usize
-            .saturating_add(header)
-            .saturating_add(external)
-            .saturating_add(self.maximum_packet_size.saturating_add(7) & !7)
     }
 }
 

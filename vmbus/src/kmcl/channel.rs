@@ -13,8 +13,9 @@ use super::dispatcher::{AtomicDelivery, Delivery, ReceiveSide};
 use super::error::ChannelError;
 use super::incoming::Pool;
 use super::lifecycle::Lifecycle;
-use super::outgoing::SendSide;
 use super::quota::Quota;
+use super::request::Runner;
+use super::sender::SendSide;
 use crate::ids::{ChannelId, ConnectionId};
 use crate::protocol::Guid;
 use crate::ring::Signal;
@@ -94,6 +95,12 @@ pub(crate) struct Shared {
     pub(super) send: DispatchLock<SendSide>,
     /// When to look for room in a ring whose consumer does not signal it; reference time.
     pub(super) poll_at: AtomicU64,
+    /// When the time of a request is over, the earliest first; reference time. May name one that has ended.
+    pub(super) request_at: AtomicU64,
+    /// Who runs the opened and started callbacks, while the state is Opening.
+    pub(super) opener: Runner,
+    /// Who runs a batch at PASSIVE.
+    pub(super) batch_runner: Runner,
 
     /// The channel's number while it is bound to an offer, else 0.
     id: AtomicU32,
@@ -126,6 +133,9 @@ impl Shared {
             )),
             send: DispatchLock::new(SendSide::new(packets, buffers)),
             poll_at: AtomicU64::new(u64::MAX),
+            request_at: AtomicU64::new(u64::MAX),
+            opener: Runner::default(),
+            batch_runner: Runner::default(),
             id: AtomicU32::new(0),
             connection: AtomicU32::new(0),
             state: AtomicU8::new(State::Enabled as u8),
@@ -159,6 +169,9 @@ impl Shared {
     }
 
     pub(super) fn set_state(&self, state: State) {
+        if state == State::Opening {
+            self.opener.set(Some(self.client.hypervisor.current_vp()));
+        }
         self.state.store(state as u8, Ordering::Release);
         self.client.notify();
     }

@@ -13,6 +13,7 @@ use spin::{Mutex, Once};
 use super::builder::ChannelBuilder;
 use super::channel::{Channel, EnabledChannel, Shared};
 use super::deferred::Deferred;
+use super::external::ExternalData;
 use crate::hypervisor::{Hypervisor, Level};
 use crate::ids::{ChannelId, VpIndex};
 use crate::shared::SharedPages;
@@ -43,6 +44,8 @@ pub(crate) struct Inner {
     pub(crate) channels: Mutex<Vec<Channel>>,
     /// Memory that the host may still touch although nobody uses it. PASSIVE only.
     pub(crate) kept: Mutex<Vec<SharedPages>>,
+    /// The same of what drivers have lent to the host.
+    pub(crate) kept_lent: Mutex<Vec<ExternalData>>,
     /// Counts what async code may wait for.
     changes: AtomicU64,
     wakers: DispatchLock<Vec<Waker>>,
@@ -69,6 +72,7 @@ impl Client {
             attention: AtomicBool::new(false),
             channels: Mutex::new(Vec::new()),
             kept: Mutex::new(Vec::new()),
+            kept_lent: Mutex::new(Vec::new()),
             changes: AtomicU64::new(0),
             wakers: DispatchLock::new(Vec::new()),
             default_vp,
@@ -238,18 +242,29 @@ impl Inner {
         }
     }
 
-    /// The earliest time at which a ring has to be looked at without a signal.
+    /// The earliest time at which a ring has to be looked at without a signal, or a request given up.
     pub(crate) fn poll_deadline(&self) -> Option<u64> {
         let channels = self.channels.lock();
         channels
             .iter()
-            .map(|channel| channel.shared().poll_at.load(Ordering::Relaxed))
+            .map(|channel| {
+                let shared = channel.shared();
+                let poll = shared.poll_at.load(Ordering::Relaxed);
+                poll.min(shared.request_at.load(Ordering::SeqCst))
+            })
             .min()
             .filter(|&at| at != u64::MAX)
     }
 
-    /// Defers every channel whose ring has to be looked at by now.
+    /// Defers every channel whose ring has to be looked at by now, and gives up requests whose time is over. At PASSIVE.
     pub(crate) fn poll_rings(&self, now: u64) {
+        let channels = self.channels.lock();
+        let late = |channel: &&Channel| channel.shared().request_at.load(Ordering::SeqCst) <= now;
+        let late: Vec<Channel> = channels.iter().filter(late).cloned().collect();
+        drop(channels);
+        for channel in late {
+            channel.shared().expire_requests(now);
+        }
         for channel in self.channels.lock().iter() {
             let shared = channel.shared();
             if shared.poll_at.load(Ordering::Relaxed) <= now {

@@ -52,6 +52,10 @@ counters! {
     spurious_events,
     /// Completions whose transaction id belongs to no packet of ours; they are dropped.
     unknown_completions,
+    /// Requests that were given up before their answer came.
+    cancelled_requests,
+    /// Completions for requests that had been given up; they are dropped.
+    late_completions,
     /// Received packets that the driver dropped without completing them: bugs of the driver.
     uncompleted_drops,
 }

@@ -98,9 +98,8 @@ impl Channel {
     pub(super) fn dispatch(&self, level: Level) {
         let shared = self.shared();
         let mut budget = shared.config.batch_budget;
-        shared
-            .receive
-            .run(|side| match side.run(self, level, &mut budget) {
+        shared.receive.run(|side| {
+            match shared.in_batch(level, || side.run(self, level, &mut budget)) {
                 Ok(Outcome::Done) => ControlFlow::Continue(()),
                 Ok(Outcome::Later) => {
                     shared.defer();
@@ -111,7 +110,8 @@ impl Channel {
                     shared.fail(error);
                     ControlFlow::Continue(())
                 }
-            });
+            }
+        });
         if shared.delivery.get() != Delivery::All {
             // Somebody may wait for the end of this batch.
             shared.client.request_attention();
@@ -299,9 +299,8 @@ impl ReceiveSide {
                 // No quota stands in the way of completions: the packets of the driver may wait for them.
                 reader.read(&mut self.completion)?;
                 *budget -= 1;
-                let completion = &self.completion;
-                trace::fetched(shared, true, completion.transaction_id());
-                channel.complete_transaction(completion.transaction_id(), completion.payload());
+                trace::fetched(shared, true, self.completion.transaction_id());
+                channel.complete_transaction(&mut self.completion);
                 continue;
             }
             if delivery == Delivery::CompletionsOnly {

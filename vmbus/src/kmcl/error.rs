@@ -121,6 +121,17 @@ pub enum SendFailure {
     Pipe,
     /// The external data is empty.
     NoExternalData,
+    /// More external data than the channel was configured for.
+    TooMuchExternalData {
+        /// Bytes that were to be lent.
+        bytes: usize,
+        /// Ranges that they lie in.
+        ranges: usize,
+        /// The most bytes.
+        maximum_bytes: usize,
+        /// The most ranges.
+        maximum_ranges: usize,
+    },
     /// The host broke the ring.
     Ring(RingError),
 }
@@ -140,6 +151,15 @@ impl fmt::Display for SendFailure {
             }
             Self::Pipe => f.write_str("a pipe has no transactions and no external data"),
             Self::NoExternalData => f.write_str("the external data is empty"),
+            Self::TooMuchExternalData {
+                bytes,
+                ranges,
+                maximum_bytes,
+                maximum_ranges,
+            } => write!(
+                f,
+                "{bytes} bytes of external data in {ranges} ranges, where the channel takes {maximum_bytes} in {maximum_ranges}"
+            ),
             Self::Ring(error) => error.fmt(f),
         }
     }
@@ -184,3 +204,51 @@ impl fmt::Display for AllocateError {
 }
 
 impl core::error::Error for AllocateError {}
+
+/// Why a request has no answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RequestError {
+    /// With a time-out of zero: there was no room for it at once. It was not sent (STATUS_BUFFER_OVERFLOW).
+    NotQueued,
+    /// Its time was over before the host answered (STATUS_CANCELLED).
+    Cancelled,
+    /// The channel ended before it was sent, or answered (STATUS_DEVICE_REMOVED).
+    Removed(ChannelError),
+    /// The answer is longer than the place for it (STATUS_BUFFER_OVERFLOW).
+    AnswerTooLong {
+        /// Bytes of the answer.
+        length: usize,
+    },
+    /// The caller is in a callback that has to return before the answer can come.
+    WouldDeadlock,
+    /// The caller is at DISPATCH, where nobody may wait.
+    WouldBlock,
+    /// There is no packet to send it in.
+    Allocate(AllocateError),
+    /// It can never be sent.
+    Send(SendFailure),
+}
+
+impl fmt::Display for RequestError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotQueued => f.write_str("there is no room for the packet now"),
+            Self::Cancelled => f.write_str("the host did not answer in time"),
+            Self::Removed(reason) => reason.fmt(f),
+            Self::AnswerTooLong { length } => {
+                write!(
+                    f,
+                    "an answer of {length} bytes, more than there is room for"
+                )
+            }
+            Self::WouldDeadlock => {
+                f.write_str("the answer cannot come before this callback has returned")
+            }
+            Self::WouldBlock => f.write_str("waiting is for PASSIVE, and this is DISPATCH"),
+            Self::Allocate(error) => error.fmt(f),
+            Self::Send(reason) => reason.fmt(f),
+        }
+    }
+}
+
+impl core::error::Error for RequestError {}

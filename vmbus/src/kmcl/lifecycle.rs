@@ -11,7 +11,7 @@ use spin::Mutex;
 use super::channel::{Channel, State};
 use super::dispatcher::Delivery;
 use super::error::ChannelError;
-use super::outgoing::Gate;
+use super::sender::Gate;
 use crate::bus::{Bus, GpaRange, GpadlError, Offer, OpenError, OpenParameters};
 use crate::hypervisor::Level;
 use crate::ids::{ChannelId, ConnectionId, GpadlHandle};
@@ -303,7 +303,10 @@ impl Channel {
     fn suspend(&self, reason: ChannelError) {
         let shared = self.shared();
         shared.delivery.restrict(Delivery::CompletionsOnly);
-        shared.send.lock(&*shared.client.hypervisor).gate = Gate::CompletionsOnly;
+        let mut sending = shared.send.lock(&*shared.client.hypervisor);
+        sending.close(Gate::CompletionsOnly, reason);
+        drop(sending);
+        shared.give_up_requests();
         // A batch that runs now sees that; once the receiving half was free no packet is being delivered or will be.
         shared.alone(|_| ());
         let announced = {
@@ -406,10 +409,11 @@ impl Channel {
             lifecycle.gpadl = None;
             lifecycle.memory.take()
         };
-        if let Some(memory) = memory
-            && !free
-        {
-            shared.client.kept.lock().push(memory);
+        if !free {
+            if let Some(memory) = memory {
+                shared.client.kept.lock().push(memory);
+            }
+            shared.keep_lent_memory();
         }
     }
 
@@ -442,7 +446,9 @@ impl Channel {
             return;
         }
         self.set_phase(Phase::Ended);
-        shared.send.lock(&*shared.client.hypervisor).gate = Gate::Shut;
+        let mut sending = shared.send.lock(&*shared.client.hypervisor);
+        sending.close(Gate::Shut, reason);
+        drop(sending);
         self.fail_outgoing(reason);
         let mut channels = shared.client.channels.lock();
         channels.retain(|other| !alloc::sync::Arc::ptr_eq(other.shared(), shared));

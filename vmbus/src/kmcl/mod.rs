@@ -13,11 +13,14 @@ mod cpu_usage;
 mod deferred;
 mod dispatcher;
 mod error;
+mod external;
 mod incoming;
 mod lifecycle;
 mod outgoing;
 mod pipe;
 mod quota;
+mod request;
+mod sender;
 mod trace;
 
 pub use blocking::WouldBlock;
@@ -25,9 +28,15 @@ pub use builder::{ChannelBuilder, ConfigError};
 pub use channel::{Channel, EnabledChannel, State};
 pub use client::Client;
 pub use counters::Counters;
-pub use error::{AllocateError, ChannelError, PacketError, Refused, SendError, SendFailure};
+pub use error::{
+    AllocateError, ChannelError, PacketError, Refused, RequestError, SendError, SendFailure,
+};
+pub use external::{ExternalData, ExternalDataError};
 pub use incoming::{IncomingPacket, ReceivedPacket};
-pub use outgoing::{CompletionRoutine, ExternalData, MessageError, OutgoingPacket};
+pub use outgoing::{
+    CompletionFunction, CompletionRoutine, MessageError, OutgoingPacket, SendFlags, UserData,
+};
+pub use request::{Answer, Request, Timeout};
 
 pub use crate::hypervisor::Level;
 pub use crate::ids::{PAGE_SIZE, PageNumber, VpIndex};

@@ -1,33 +1,33 @@
 //! Packets to send: owned objects that come back with their completion.
 
 use alloc::boxed::Box;
-use alloc::collections::VecDeque;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::any::Any;
 use core::fmt;
 use core::mem;
-use core::ops::Range;
-use core::sync::atomic::Ordering;
 
+use zerocopy::IntoBytes;
+
+use super::builder::ChannelBuilder;
 use super::channel::{Channel, Shared};
-use super::error::{AllocateError, ChannelError, PacketError, SendError, SendFailure};
-use super::incoming::Content;
-use super::{pipe, trace};
+use super::error::{AllocateError, PacketError, SendError, SendFailure};
+use super::external::{self, ExternalData};
+use super::pipe;
+use super::sender::{Order, Refusal, Sent};
 use crate::ids::PAGE_SIZE;
-use crate::ring::{
-    Outgoing, PushError, Ring, RingError, Room, ScatterList, Signal, Writer, largest_packet,
-};
-use crate::shared::SharedPages;
+use crate::ring::{PacketBuffer, ScatterList};
 
 /// What runs when a packet has ended, at DISPATCH or PASSIVE: with the packet, which it owns from then on, and
 /// with the host's answer, or nothing when none was asked for and the packet has entered the ring.
 pub type CompletionRoutine = dyn Fn(OutgoingPacket, Result<&[u8], PacketError>) + Send + Sync;
 
-/// How many packets one round of draining the queue moves under one hold of the lock.
-const ROUND: usize = 8;
+/// The same as a plain function, which needs no memory of its own: what it has to know is in the packet, as
+/// [`context`](OutgoingPacket::context) or [`user_data`](OutgoingPacket::user_data).
+pub type CompletionFunction = fn(OutgoingPacket, Result<&[u8], PacketError>);
 
-/// How often a full ring is looked at whose consumer does not signal room, in units of 100 ns.
-const POLL_INTERVAL: u64 = 10_000;
+/// Something of the driver's that travels with a packet.
+pub type UserData = Arc<dyn Any + Send + Sync>;
 
 /// A packet that is not in flight. Sending hands it over; its completion gives it back.
 ///
@@ -42,59 +42,113 @@ pub struct OutgoingPacket {
 /// The packet itself.
 pub(super) struct Body {
     /// The data while the packet waits for room.
-    data: Vec<u8>,
-    external: ExternalData,
-    list: ScatterList,
-    transaction: Option<u64>,
-    routine: Option<Arc<CompletionRoutine>>,
+    pub(super) data: Vec<u8>,
+    pub(super) external: ExternalData,
+    pub(super) list: ScatterList,
+    /// The id, while the host is to answer.
+    pub(super) transaction: Option<u64>,
+    pub(super) ending: Ending,
+    /// What the host answered to a request; made when the packet is first used for one.
+    pub(super) answer: Option<PacketBuffer>,
+    /// The inline packet context, aligned for anything.
+    context: Box<[u128]>,
+    user_data: Option<UserData>,
     /// The slot that is reserved for the packet.
-    slot: usize,
+    pub(super) slot: usize,
 }
 
-/// Guest memory that a packet lends to the host. The library keeps it until the host can no longer touch it,
-/// and the completed packet gives it back.
-#[derive(Clone, Default, Debug)]
-pub struct ExternalData {
-    parts: Vec<(SharedPages, Range<usize>)>,
+/// What happens when the packet ends.
+pub(super) enum Ending {
+    /// It is put aside.
+    Aside,
+    Call(Arc<CompletionRoutine>),
+    Run(CompletionFunction),
+    /// A request that waits for it gets it.
+    Request,
 }
 
-impl ExternalData {
-    /// No memory yet.
-    pub fn new() -> Self {
-        Self::default()
+/// What a driver can tell about memory that it lends, for hosts that copy it: the hints `VMBUS_CHANNEL_FORMAT_FLAG_DATA_IN_ONLY`
+/// and `..._DATA_OUT_ONLY` (spec kmcl.md 1.3). They only matter where lent memory goes through bounce buffers, in isolated VMs;
+/// here the host gets the pages themselves, and the hints change nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct SendFlags {
+    /// The host only writes: what the memory held before need not reach it.
+    pub data_in_only: bool,
+    /// The host only reads.
+    pub data_out_only: bool,
+}
+
+impl Body {
+    fn new(config: &ChannelBuilder) -> Result<Self, AllocateError> {
+        let mut data = Vec::new();
+        data.try_reserve_exact(config.maximum_packet_size)
+            .map_err(|_| AllocateError::NoMemory)?;
+        let words = config
+            .inline_packet_context_size
+            .div_ceil(size_of::<u128>());
+        let mut context = Vec::new();
+        context
+            .try_reserve_exact(words)
+            .map_err(|_| AllocateError::NoMemory)?;
+        context.resize(words, 0);
+        let (bytes, ranges) = config.maximum_external.unwrap_or_default();
+        let pages = external::most_pages(bytes, ranges);
+        Ok(Self {
+            data,
+            external: ExternalData::new(),
+            list: ScatterList::with_capacity(ranges, pages),
+            transaction: None,
+            ending: Ending::Aside,
+            answer: None,
+            context: context.into_boxed_slice(),
+            user_data: None,
+            slot: usize::MAX,
+        })
     }
 
-    /// Adds bytes `range` of `pages`, as a range of its own. Returns whether they lie in the pages and are
-    /// neither none nor too many for a range.
-    pub fn push(&mut self, pages: SharedPages, range: Range<usize>) -> bool {
-        let sound = range.start < range.end
-            && range.end <= pages.len()
-            && u32::try_from(range.len()).is_ok();
-        if sound {
-            self.parts.push((pages, range));
-        }
-        sound
+    /// Makes room for the answer to a request, which is none yet.
+    pub(super) fn reserve_answer(&mut self, bytes: usize) -> Result<(), AllocateError> {
+        let answer = match &mut self.answer {
+            Some(answer) => answer,
+            none => {
+                let buffer =
+                    PacketBuffer::with_capacity(bytes).map_err(|_| AllocateError::NoMemory)?;
+                none.insert(buffer)
+            }
+        };
+        answer
+            .become_completion(&[])
+            .map_err(|_| AllocateError::NoMemory)
     }
 
-    /// Writes the ranges into `list`.
-    fn describe(&self, list: &mut ScatterList) -> Result<(), RingError> {
-        list.clear();
-        for (pages, range) in &self.parts {
-            let (first, end) = (range.start / PAGE_SIZE, range.end.div_ceil(PAGE_SIZE));
-            let start = pages.first_page().0;
-            // Both fit: `push` has seen to it.
-            let offset = (range.start % PAGE_SIZE) as u32;
-            let length = range.len() as u32;
-            let numbers = (first..end).map(|page| crate::ids::PageNumber(start + page as u64));
-            list.push(offset, length, numbers)?;
-        }
-        Ok(())
+    /// Forgets everything that a driver put in.
+    pub(super) fn forget(&mut self) {
+        self.ending = Ending::Aside;
+        self.external = ExternalData::new();
+        self.user_data = None;
+        self.context.fill(0);
     }
 }
 
 impl OutgoingPacket {
+    pub(super) fn new(channel: Channel, body: Box<Body>) -> Self {
+        Self {
+            channel,
+            body: Some(body),
+        }
+    }
+
     fn body(&mut self) -> Option<&mut Body> {
         self.body.as_deref_mut()
+    }
+
+    /// What the host answered, if the packet was that of a request.
+    pub(super) fn answer(&self) -> &[u8] {
+        self.body
+            .as_deref()
+            .and_then(|body| body.answer.as_ref())
+            .map(PacketBuffer::payload)
+            .unwrap_or_default()
     }
 
     /// The channel of the packet.
@@ -105,11 +159,43 @@ impl OutgoingPacket {
     /// Sets what runs when the packet has ended. Without it the packet is put aside then.
     pub fn set_completion_routine(&mut self, routine: Arc<CompletionRoutine>) {
         if let Some(body) = self.body() {
-            body.routine = Some(routine);
+            body.ending = Ending::Call(routine);
         }
     }
 
-    /// Takes back the memory that was lent with the last send.
+    /// The same with a plain function: nothing has to be allocated for it.
+    pub fn set_completion_function(&mut self, routine: CompletionFunction) {
+        if let Some(body) = self.body() {
+            body.ending = Ending::Run(routine);
+        }
+    }
+
+    /// The inline context of the packet: as many bytes as
+    /// [`inline_packet_context_size`](ChannelBuilder::inline_packet_context_size) says, aligned to 16, zero in a new packet, and
+    /// left alone by the library until the packet is put aside.
+    pub fn context(&mut self) -> &mut [u8] {
+        let bytes = self.channel.shared().config.inline_packet_context_size;
+        self.body
+            .as_deref_mut()
+            .and_then(|body| body.context.as_mut_bytes().get_mut(..bytes))
+            .unwrap_or_default()
+    }
+
+    /// Puts something of the driver's into the packet: what `VmbPacketSetPointer` is for. It stays until it is replaced or
+    /// the packet is put aside.
+    pub fn set_user_data(&mut self, data: Option<UserData>) {
+        if let Some(body) = self.body() {
+            body.user_data = data;
+        }
+    }
+
+    /// What [`set_user_data`](Self::set_user_data) put in.
+    pub fn user_data(&self) -> Option<&UserData> {
+        self.body.as_deref()?.user_data.as_ref()
+    }
+
+    /// Takes back the memory that was lent with the last send. Empty after a send without, and when the
+    /// guest has left a host that did not say whether it is done with it: then the library keeps it.
     pub fn take_external_data(&mut self) -> ExternalData {
         self.body()
             .map(|body| mem::take(&mut body.external))
@@ -119,100 +205,76 @@ impl OutgoingPacket {
     /// Sends `data` as a message. The completion routine runs when it has entered the ring: perhaps
     /// before this returns, so hold no lock that it takes. At DISPATCH or PASSIVE.
     pub fn send(self, data: &[u8]) -> Result<(), SendError> {
-        self.submit(data, None, false)
+        self.submit(data, ExternalData::new(), false)
     }
 
     /// Sends `data` as a request. The completion routine runs when the host has answered.
     pub fn send_transaction(self, data: &[u8]) -> Result<(), SendError> {
-        self.submit(data, None, true)
+        self.submit(data, ExternalData::new(), true)
     }
 
-    /// Sends `data` as a request that lends memory to the host.
+    /// Sends `data` as a request that lends memory to the host. It is always a request: without an answer nobody would know when
+    /// the host is done with the memory (spec kmcl.md 6.1, 23).
     pub fn send_with_external_data(
         self,
         data: &[u8],
         external: ExternalData,
+        _flags: SendFlags,
     ) -> Result<(), SendError> {
-        self.submit(data, Some(external), true)
+        if external.is_empty() {
+            return Err(SendError {
+                packet: self,
+                reason: SendFailure::NoExternalData,
+            });
+        }
+        self.submit(data, external, true)
     }
 
     fn submit(
         mut self,
         data: &[u8],
-        external: Option<ExternalData>,
+        external: ExternalData,
         transaction: bool,
     ) -> Result<(), SendError> {
-        let channel = self.channel.clone();
-        let result = match self.body.take() {
-            Some(mut body) => {
-                let lends = external.is_some();
-                body.external = external.unwrap_or_default();
-                match prepare(channel.shared(), &mut body, data, lends, transaction) {
-                    Ok(()) => channel.shared().send(body, data, transaction),
-                    Err(reason) => Err((body, reason)),
-                }
-            }
-            // A packet without a body is never handed out.
-            None => return Ok(()),
+        // A packet without a body is never handed out.
+        let Some(mut body) = self.body.take() else {
+            return Ok(());
         };
-        match result {
-            Ok(None) => Ok(()),
-            Ok(Some(body)) => {
+        body.external = external;
+        let channel = self.channel.clone();
+        let order = Order {
+            data,
+            transaction,
+            request: None,
+            may_wait: true,
+        };
+        let sent = match channel.shared().prepare(&mut body, &order) {
+            Ok(()) => channel.shared().send(body, &order),
+            Err(reason) => Err((body, Refusal::Failure(reason))),
+        };
+        match sent {
+            Ok(Sent::Accepted { .. }) => Ok(()),
+            Ok(Sent::Done { body, .. }) => {
                 channel.finish_packet(body, Ok(&[]));
                 Ok(())
             }
-            Err((body, reason)) => {
+            Err((body, refusal)) => {
                 self.body = Some(body);
                 Err(SendError {
                     packet: self,
-                    reason,
+                    reason: match refusal {
+                        Refusal::Failure(reason) => reason,
+                        Refusal::Ended(_) | Refusal::Full => SendFailure::NotOpen,
+                    },
                 })
             }
         }
     }
 }
 
-/// Checks a send before the lock is taken.
-fn prepare(
-    shared: &Shared,
-    body: &mut Body,
-    data: &[u8],
-    lends: bool,
-    transaction: bool,
-) -> Result<(), SendFailure> {
-    let maximum = shared.config.maximum_packet_size;
-    if data.len() > maximum {
-        return Err(SendFailure::TooLong {
-            length: data.len(),
-            maximum,
-        });
-    }
-    if shared.config.pipe && (lends || transaction) {
-        return Err(SendFailure::Pipe);
-    }
-    body.list.clear();
-    if lends && body.external.parts.is_empty() {
-        return Err(SendFailure::NoExternalData);
-    }
-    if lends {
-        body.external
-            .describe(&mut body.list)
-            .map_err(SendFailure::Ring)?;
-    }
-    let header = pipe::header(data.len());
-    let need = frame(shared.config.pipe, &header, data, &body.list, None).footprint();
-    let limit = shared.largest_packet();
-    if need > u64::from(limit) {
-        return Err(SendFailure::TooLarge { need, limit });
-    }
-    Ok(())
-}
-
 impl Drop for OutgoingPacket {
     fn drop(&mut self) {
-        if let Some(mut body) = self.body.take() {
-            body.routine = None;
-            body.external = ExternalData::default();
+        if let Some(body) = self.body.take() {
             self.channel.shared().put_aside(body);
         }
     }
@@ -224,176 +286,11 @@ impl fmt::Debug for OutgoingPacket {
     }
 }
 
-/// Whether packets may be sent.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Gate {
-    /// Not yet open: they wait.
-    Queue,
-    /// They go to the ring.
-    Open,
-    /// Ending: only completions of received packets are still written.
-    CompletionsOnly,
-    /// Nothing is written any more.
-    Shut,
-}
-
-/// The sending half of a channel, under one lock.
-pub(super) struct SendSide {
-    pub(super) gate: Gate,
-    writer: Option<Writer>,
-    /// The ring of the other direction: tells whether the host signals room.
-    incoming: Option<Ring>,
-    /// Packets that wait for room, in order. Has room for all that can exist.
-    queue: VecDeque<Queued>,
-    slots: Vec<Slot>,
-    /// Packets that nobody uses.
-    #[expect(
-        clippy::vec_box,
-        reason = "packets move in and out without being copied"
-    )]
-    aside: Vec<Box<Body>>,
-}
-
-/// A packet that waits for room in the ring.
-enum Queued {
-    Packet(Box<Body>),
-    Completion(Box<Content>),
-}
-
-/// A place for a packet that the host has yet to answer.
-#[derive(Default)]
-struct Slot {
-    /// Grows with each transaction, so that a late or repeated answer finds nothing.
-    generation: u32,
-    in_flight: Option<Box<Body>>,
-}
-
-/// What a write to the ring led to.
-enum Written {
-    Yes(Signal),
-    /// The ring is full.
-    No,
-}
-
-impl SendSide {
-    pub(super) fn new(packets: usize, completions: usize) -> Self {
-        Self {
-            gate: Gate::Queue,
-            writer: None,
-            incoming: None,
-            queue: VecDeque::with_capacity(packets + completions),
-            slots: Vec::with_capacity(packets),
-            aside: Vec::with_capacity(packets),
-        }
-    }
-
-    pub(super) fn attach(&mut self, writer: Writer, incoming: Ring) {
-        self.writer = Some(writer);
-        self.incoming = Some(incoming);
-    }
-
-    pub(super) fn detach(&mut self) {
-        self.gate = Gate::Shut;
-        self.writer = None;
-        self.incoming = None;
-    }
-
-    fn id_of(&mut self, slot: usize) -> u64 {
-        let generation = self.slots.get_mut(slot).map_or(0, |slot| {
-            slot.generation = slot.generation.wrapping_add(1);
-            slot.generation
-        });
-        u64::from(generation) << 32 | (slot as u64 + 1)
-    }
-
-    /// The packet with this transaction id, once.
-    fn retire(&mut self, id: u64) -> Option<Box<Body>> {
-        let slot = usize::try_from((id & 0xFFFF_FFFF).checked_sub(1)?).ok()?;
-        let slot = self.slots.get_mut(slot)?;
-        if u64::from(slot.generation) != id >> 32 {
-            return None;
-        }
-        slot.in_flight.take()
-    }
-
-    /// Writes one packet if there is room.
-    fn push(&mut self, packet: &Outgoing<'_>) -> Result<Written, PushError> {
-        let Some(writer) = self.writer.as_mut() else {
-            return Ok(Written::No);
-        };
-        match writer.push(packet) {
-            Ok(()) => Ok(Written::Yes(writer.publish()?)),
-            Err(PushError::Full { .. }) => Ok(Written::No),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Whether a packet may go straight to the ring without overtaking another.
-    fn is_clear(&self) -> bool {
-        self.queue.is_empty() && self.writer.is_some()
-    }
-}
-
-/// The packet as the ring takes it.
-fn frame<'a>(
-    pipe: bool,
-    header: &'a [u8; pipe::HEADER],
-    data: &'a [u8],
-    list: &'a ScatterList,
-    transaction: Option<u64>,
-) -> Outgoing<'a> {
-    let parts: [&[u8]; 2] = if pipe { [header, data] } else { [data, &[]] };
-    let packet = if list.is_empty() {
-        Outgoing::in_band(parts)
-    } else {
-        Outgoing::gpa_direct(list, parts)
-    };
-    match transaction {
-        Some(id) => packet.with_completion(id),
-        None => packet,
-    }
-}
-
-impl Body {
-    /// The packet from the copy of its data.
-    fn frame<'a>(&'a self, pipe: bool, header: &'a [u8; pipe::HEADER]) -> Outgoing<'a> {
-        frame(pipe, header, &self.data, &self.list, self.transaction)
-    }
-}
-
 impl Channel {
     /// A packet to send, with everything that the send will need. At DISPATCH or PASSIVE.
     pub fn allocate_packet(&self) -> Result<OutgoingPacket, AllocateError> {
-        let shared = self.shared();
-        let mut side = shared.send.lock(&*shared.client.hypervisor);
-        let body = match side.aside.pop() {
-            Some(body) => body,
-            None => {
-                let maximum = shared.config.maximum_packet_count;
-                if side.slots.len() == maximum {
-                    return Err(AllocateError::TooMany { maximum });
-                }
-                let mut data = Vec::new();
-                data.try_reserve_exact(shared.config.maximum_packet_size)
-                    .map_err(|_| AllocateError::NoMemory)?;
-                let (pages, ranges) = shared.config.maximum_external;
-                let slot = side.slots.len();
-                side.slots.push(Slot::default());
-                Box::new(Body {
-                    data,
-                    external: ExternalData::default(),
-                    list: ScatterList::with_capacity(ranges, pages),
-                    transaction: None,
-                    routine: None,
-                    slot,
-                })
-            }
-        };
-        drop(side);
-        Ok(OutgoingPacket {
-            channel: self.clone(),
-            body: Some(body),
-        })
+        let body = self.shared().take_packet()?;
+        Ok(OutgoingPacket::new(self.clone(), body))
     }
 
     /// Sends `data` as a message in a packet that nobody needs to see again.
@@ -404,85 +301,116 @@ impl Channel {
             .map_err(|error| MessageError::Send(error.reason))
     }
 
-    /// Ends a packet: its routine gets it, or it is put aside.
-    pub(super) fn finish_packet(&self, mut body: Box<Body>, result: Result<&[u8], PacketError>) {
-        body.transaction = None;
-        let routine = body.routine.clone();
-        let packet = OutgoingPacket {
-            channel: self.clone(),
-            body: Some(body),
+    /// Bytes of memory that one packet to send takes, with room for the largest data and external data that the channel is
+    /// configured for: what `VmbChannelSizeofPacket` tells.
+    pub fn packet_memory(&self) -> usize {
+        let config = &self.shared().config;
+        let (bytes, ranges) = config.maximum_external.unwrap_or_default();
+        let words = ranges.saturating_add(external::most_pages(bytes, ranges));
+        size_of::<Body>()
+            .saturating_add(config.maximum_packet_size)
+            .saturating_add(words.saturating_mul(8))
+            .saturating_add(config.inline_packet_context_size.next_multiple_of(16))
+    }
+
+    /// Bytes that a packet with so many bytes of data, and this memory, takes in the outgoing ring.
+    pub fn packet_footprint(&self, data: usize, external: &ExternalData) -> usize {
+        let header = if self.shared().config.pipe {
+            pipe::HEADER
+        } else {
+            0
         };
-        match routine {
-            Some(routine) => routine(packet, result),
-            None => drop(packet),
-        }
+        FRAME
+            .saturating_add(external.footprint())
+            .saturating_add(data.saturating_add(header).saturating_add(7) & !7)
     }
 
-    /// Moves waiting packets to the ring, in order, as far as there is room, and asks the host for
-    /// a signal when more has to wait. Returns whether any was moved.
-    pub(super) fn flush(&self) -> Result<bool, RingError> {
-        let shared = self.shared();
-        let mut moved = false;
-        loop {
-            let mut entered: [Option<Queued>; ROUND] = Default::default();
-            let round = shared.drain_round(&mut entered)?;
-            if round.count > 0 {
-                moved = true;
-                shared.written(round.count, round.signal);
-            }
-            for queued in entered.into_iter().flatten() {
-                match queued {
-                    Queued::Packet(body) => self.finish_packet(body, Ok(&[])),
-                    Queued::Completion(buffer) => shared.recycle(buffer),
-                }
-            }
-            if !round.more {
-                return Ok(moved);
-            }
-        }
+    /// The most bytes that a packet may take in the outgoing ring.
+    pub fn largest_packet(&self) -> usize {
+        self.shared().largest_packet() as usize
+    }
+}
+
+/// Bytes of a packet in the ring besides data and lent memory: descriptor and footer.
+const FRAME: usize = 16 + 8;
+
+impl ChannelBuilder {
+    /// Bytes in the ring of the largest packet that this configuration allows.
+    pub(super) fn largest_packet(&self) -> usize {
+        let header = if self.pipe { pipe::HEADER } else { 0 };
+        let (bytes, ranges) = self.maximum_external.unwrap_or_default();
+        let pages = external::most_pages(bytes, ranges);
+        let data = self.maximum_packet_size.saturating_add(header);
+        FRAME
+            .saturating_add(external::footprint(ranges, pages))
+            .saturating_add(data.saturating_add(7) & !7)
     }
 
-    /// Retires the packet that a completion answers, and runs its routine.
-    pub(super) fn complete_transaction(&self, id: u64, payload: &[u8]) {
-        let shared = self.shared();
-        shared.counters.completions_received.add(1);
-        let body = shared.send.lock(&*shared.client.hypervisor).retire(id);
-        match body {
-            Some(body) => self.finish_packet(body, Ok(payload)),
-            None => shared.counters.unknown_completions.add(1),
+    /// Data pages of a ring that nobody asked to have a certain size: room for several of the largest packets.
+    pub(super) fn default_ring_pages(&self) -> usize {
+        const PACKETS: usize = 4;
+        const AT_LEAST: usize = 4;
+        self.largest_packet()
+            .saturating_mul(PACKETS)
+            .div_ceil(PAGE_SIZE)
+            .max(AT_LEAST)
+    }
+}
+
+impl Shared {
+    /// A packet, new or used before.
+    pub(super) fn take_packet(&self) -> Result<Box<Body>, AllocateError> {
+        let hypervisor = &*self.client.hypervisor;
+        let maximum = self.config.maximum_packet_count;
+        if let Some(body) = self.send.lock(hypervisor).reuse(maximum)? {
+            return Ok(body);
         }
+        let mut body = Box::new(Body::new(&self.config)?);
+        body.slot = self.send.lock(hypervisor).add_slot(maximum)?;
+        Ok(body)
     }
 
-    /// Fails every packet that waits, in order, and every one that the host has not answered. The host must not be able to
-    /// touch lent memory any more.
-    pub(super) fn fail_outgoing(&self, reason: ChannelError) {
-        let shared = self.shared();
-        let error = PacketError::Removed(reason);
-        loop {
-            let next = shared
-                .send
-                .lock(&*shared.client.hypervisor)
-                .queue
-                .pop_front();
-            match next {
-                Some(Queued::Packet(body)) => self.finish_packet(body, Err(error)),
-                Some(Queued::Completion(buffer)) => shared.recycle(buffer),
-                None => break,
-            }
+    /// Checks a send before the lock is taken, and writes the list of lent pages.
+    pub(super) fn prepare(&self, body: &mut Body, order: &Order<'_>) -> Result<(), SendFailure> {
+        self.check_data(order.data)?;
+        let lent = &body.external;
+        if self.config.pipe && (order.transaction || !lent.is_empty()) {
+            return Err(SendFailure::Pipe);
         }
-        let mut index = 0;
-        loop {
-            let mut side = shared.send.lock(&*shared.client.hypervisor);
-            let Some(slot) = side.slots.get_mut(index) else {
-                break;
-            };
-            let body = slot.in_flight.take();
-            drop(side);
-            if let Some(body) = body {
-                self.finish_packet(body, Err(error));
+        body.list.clear();
+        let mut need = FRAME.saturating_add(lent.footprint());
+        if !lent.is_empty() {
+            let (maximum_bytes, maximum_ranges) = self.config.maximum_external.unwrap_or_default();
+            let (bytes, ranges) = (lent.len(), lent.range_count());
+            if bytes > maximum_bytes || ranges > maximum_ranges {
+                return Err(SendFailure::TooMuchExternalData {
+                    bytes,
+                    ranges,
+                    maximum_bytes,
+                    maximum_ranges,
+                });
             }
-            index += 1;
+            lent.describe(&mut body.list).map_err(SendFailure::Ring)?;
         }
+        let header = if self.config.pipe { pipe::HEADER } else { 0 };
+        need = need.saturating_add((order.data.len() + header).next_multiple_of(8));
+        let limit = self.largest_packet();
+        if need > limit as usize {
+            return Err(SendFailure::TooLarge {
+                need: need as u64,
+                limit,
+            });
+        }
+        Ok(())
+    }
+
+    /// Checks the length of the data alone.
+    pub(super) fn check_data(&self, data: &[u8]) -> Result<(), SendFailure> {
+        let (length, maximum) = (data.len(), self.config.maximum_packet_size);
+        if length > maximum {
+            return Err(SendFailure::TooLong { length, maximum });
+        }
+        Ok(())
     }
 }
 
@@ -505,223 +433,3 @@ impl fmt::Display for MessageError {
 }
 
 impl core::error::Error for MessageError {}
-
-impl Shared {
-    /// Writes a packet to the ring or lines it up. Gives it back when it has entered the ring
-    /// and no answer is to come.
-    fn send(
-        &self,
-        mut body: Box<Body>,
-        data: &[u8],
-        transaction: bool,
-    ) -> Result<Option<Box<Body>>, (Box<Body>, SendFailure)> {
-        let hypervisor = &*self.client.hypervisor;
-        let mut side = self.send.lock(hypervisor);
-        if !matches!(side.gate, Gate::Queue | Gate::Open) {
-            return Err((body, SendFailure::NotOpen));
-        }
-        body.transaction = transaction.then(|| side.id_of(body.slot));
-        let header = pipe::header(data.len());
-        if side.gate == Gate::Open && side.is_clear() {
-            let packet = frame(
-                self.config.pipe,
-                &header,
-                data,
-                &body.list,
-                body.transaction,
-            );
-            // The slot must be taken before the host can answer, so the lock is held across the write.
-            match side.push(&packet) {
-                Ok(Written::Yes(signal)) => {
-                    let back = book(&mut side.slots, body);
-                    drop(side);
-                    self.written(1, signal);
-                    return Ok(back);
-                }
-                Ok(Written::No) => {}
-                Err(error) => {
-                    drop(side);
-                    return Err((body, self.push_failed(error)));
-                }
-            }
-        }
-        body.data.clear();
-        body.data.extend_from_slice(data);
-        let first = side.queue.is_empty();
-        side.queue.push_back(Queued::Packet(body));
-        let open = side.gate == Gate::Open;
-        drop(side);
-        if first && open {
-            self.counters.ring_full_waits.add(1);
-            // The dispatcher asks the host for a signal, or finds that there is room by now.
-            self.defer();
-        }
-        Ok(None)
-    }
-
-    /// Writes the completion of a received packet, or lines it up. Gives the buffer back when it is free.
-    pub(super) fn send_completion(
-        &self,
-        mut buffer: Box<Content>,
-        data: &[u8],
-    ) -> Option<Box<Content>> {
-        let mut side = self.send.lock(&*self.client.hypervisor);
-        if side.gate == Gate::Shut {
-            return Some(buffer);
-        }
-        if side.is_clear() {
-            let packet = Outgoing::completion(buffer.transaction_id(), data);
-            match side.push(&packet) {
-                Ok(Written::Yes(signal)) => {
-                    drop(side);
-                    self.written(1, signal);
-                    return Some(buffer);
-                }
-                Ok(Written::No) => {}
-                Err(error) => {
-                    drop(side);
-                    self.push_failed(error);
-                    return Some(buffer);
-                }
-            }
-        }
-        let need = Outgoing::completion(0, data).footprint();
-        if need > u64::from(self.largest_packet()) {
-            drop(side);
-            self.fail(ChannelError::Packet("a completion is longer than the ring"));
-            return Some(buffer);
-        }
-        if let Err(error) = buffer.become_completion(data) {
-            drop(side);
-            self.fail(ChannelError::Ring(error));
-            return Some(buffer);
-        }
-        let first = side.queue.is_empty();
-        side.queue.push_back(Queued::Completion(buffer));
-        drop(side);
-        if first {
-            self.counters.ring_full_waits.add(1);
-            self.defer();
-        }
-        None
-    }
-
-    /// Moves up to [`ROUND`] packets from the queue to the ring with one update of the producer offset.
-    fn drain_round(&self, entered: &mut [Option<Queued>; ROUND]) -> Result<Round, RingError> {
-        let hypervisor = &*self.client.hypervisor;
-        let mut guard = self.send.lock(hypervisor);
-        let side = &mut *guard;
-        let mut round = Round {
-            count: 0,
-            signal: Signal::NotNeeded,
-            more: false,
-        };
-        let Some(writer) = side.writer.as_mut() else {
-            return Ok(round);
-        };
-        if !matches!(side.gate, Gate::Open | Gate::CompletionsOnly) {
-            return Ok(round);
-        }
-        let mut wanted = None;
-        for place in entered.iter_mut() {
-            let Some(front) = side.queue.front() else {
-                break;
-            };
-            let header;
-            let packet = match front {
-                Queued::Packet(body) => {
-                    header = pipe::header(body.data.len());
-                    body.frame(self.config.pipe, &header)
-                }
-                Queued::Completion(buffer) => {
-                    Outgoing::completion(buffer.transaction_id(), buffer.payload())
-                }
-            };
-            match writer.push(&packet) {
-                Ok(()) => round.count += 1,
-                Err(PushError::Full { need }) => {
-                    wanted = Some(need);
-                    break;
-                }
-                Err(PushError::Ring(error)) => return Err(error),
-                // Sizes are checked before anything is lined up.
-                Err(PushError::TooLarge { .. }) => return Err(RingError::Memory),
-            }
-            *place = match side.queue.pop_front() {
-                Some(Queued::Packet(body)) => book(&mut side.slots, body).map(Queued::Packet),
-                completion => completion,
-            };
-        }
-        round.signal = writer.publish()?;
-        let Some(need) = wanted else {
-            if side.queue.is_empty() {
-                writer.stop_waiting()?;
-                self.poll_at.store(u64::MAX, Ordering::Relaxed);
-            }
-            round.more = !side.queue.is_empty();
-            return Ok(round);
-        };
-        let room = writer.wait_for(need)?;
-        round.more = room == Room::Available;
-        if room == Room::Awaited
-            && let Some(incoming) = &side.incoming
-            && !incoming.producer_signals_room()?
-        {
-            let at = hypervisor.reference_time().saturating_add(POLL_INTERVAL);
-            self.poll_at.store(at, Ordering::Relaxed);
-            // The one who sleeps until the deadline has to learn of it.
-            self.client.notify();
-        }
-        Ok(round)
-    }
-
-    /// Counts packets written to the ring, and tells the host about them if it waits for them.
-    fn written(&self, packets: u64, signal: Signal) {
-        self.counters.packets_sent.add(packets);
-        trace::sent(self, packets);
-        match signal {
-            Signal::Needed => self.signal_host(),
-            Signal::NotNeeded => self.counters.signals_suppressed.add(1),
-        }
-    }
-
-    /// The most bytes that a packet may take in the outgoing ring.
-    fn largest_packet(&self) -> u32 {
-        largest_packet(self.config.outgoing_pages * PAGE_SIZE)
-    }
-
-    fn push_failed(&self, error: PushError) -> SendFailure {
-        match error {
-            PushError::TooLarge { need, limit } => SendFailure::TooLarge { need, limit },
-            PushError::Ring(error) => {
-                self.fail(ChannelError::Ring(error));
-                SendFailure::Ring(error)
-            }
-            PushError::Full { .. } => SendFailure::NotOpen,
-        }
-    }
-
-    fn put_aside(&self, body: Box<Body>) {
-        self.send.lock(&*self.client.hypervisor).aside.push(body);
-    }
-}
-
-/// What one round of draining the queue did.
-struct Round {
-    /// Packets moved to the ring.
-    count: u64,
-    signal: Signal,
-    /// Whether there may be more to move at once.
-    more: bool,
-}
-
-/// Books a packet that is in the ring: into its slot if an answer is to come, else back to the caller.
-fn book(slots: &mut [Slot], body: Box<Body>) -> Option<Box<Body>> {
-    if body.transaction.is_none() {
-        return Some(body);
-    }
-    if let Some(slot) = slots.get_mut(body.slot) {
-        slot.in_flight = Some(body);
-    }
-    None
-}
