@@ -85,10 +85,13 @@ enum Waiter {
     /// This one, until this reference time.
     Waiting { waker: Option<Waker>, until: u64 },
     /// The packet has ended, and the request has not looked yet.
-    Ended(Box<Body>, Result<(), ChannelError>),
+    Ended(Ended),
     /// It waits no more, but the host may still answer, and touch what was lent to it.
     GaveUp,
 }
+
+/// A packet that has ended, and how.
+pub(super) type Ended = (Box<Body>, Result<(), ChannelError>);
 
 /// What is to be sent.
 pub(super) struct Order<'a> {
@@ -223,7 +226,7 @@ impl SendSide {
         match mem::take(&mut slot.waiter) {
             Waiter::Waiting { waker, .. } => {
                 mem::swap(body.answer.get_or_insert_default(), answer);
-                slot.waiter = Waiter::Ended(body, Ok(()));
+                slot.waiter = Waiter::Ended((body, Ok(())));
                 Answered::Request(waker)
             }
             Waiter::GaveUp => Answered::Late(body),
@@ -242,7 +245,7 @@ impl SendSide {
         };
         match mem::take(&mut slot.waiter) {
             Waiter::Waiting { waker, .. } => {
-                slot.waiter = Waiter::Ended(body, result);
+                slot.waiter = Waiter::Ended((body, result));
                 (waker, None)
             }
             Waiter::Nobody | Waiter::GaveUp | Waiter::Ended(..) => (None, Some(body)),
@@ -279,7 +282,7 @@ impl SendSide {
                     waited: true,
                 }
             }
-            Waiter::Ended(body, _) => Abandoned {
+            Waiter::Ended((body, _)) => Abandoned {
                 body: Some(body),
                 ..Abandoned::default()
             },
@@ -747,18 +750,14 @@ impl Shared {
 
     /// Looks whether the packet of a request has ended; if not, `waker` will be woken when it does. `None` when the library has
     /// given the request up.
-    pub(super) fn poll_request(
-        &self,
-        id: u64,
-        waker: Waker,
-    ) -> Poll<Option<(Box<Body>, Result<(), ChannelError>)>> {
+    pub(super) fn poll_request(&self, id: u64, waker: Waker) -> Poll<Option<Ended>> {
         let mut waker = Some(waker);
         let mut side = self.send.lock(&*self.client.hypervisor);
         let Some((_, slot)) = side.slot(id) else {
             return Poll::Ready(None);
         };
         match mem::take(&mut slot.waiter) {
-            Waiter::Ended(body, result) => Poll::Ready(Some((body, result))),
+            Waiter::Ended(ended) => Poll::Ready(Some(ended)),
             Waiter::Waiting {
                 waker: mut known,
                 until,
