@@ -1,10 +1,15 @@
 //! The host's end of an open channel: both rings, and when the guest must be interrupted.
 
-use vmbus::ids::VpIndex;
-use vmbus::ring::{Outgoing, PacketBuffer, PushError, Reader, Ring, RingError, Signal, Writer};
+use alloc::vec::Vec;
+
+use vmbus::ids::{GpadlHandle, VpIndex};
+use vmbus::ring::{
+    Kind, Outgoing, PacketBuffer, PushError, Reader, Ring, RingError, Signal, Writer,
+};
 use vmbus::shared::SharedPages;
 
-use crate::bus::Opening;
+use crate::bus::{Access, Gpadls, MapError, Opening};
+use crate::memory::{AccessError, GuestBuffer, GuestMemory, MappedGpadl};
 
 /// An open channel as the host sees it.
 #[derive(Debug)]
@@ -17,6 +22,22 @@ pub struct HostChannel {
     reader: Reader,
     writer: Writer,
     interrupt: bool,
+    guest: GuestMemory,
+    gpadls: Gpadls,
+    last_transaction: u64,
+}
+
+/// A packet of the guest, taken from the ring.
+#[derive(Clone, Debug)]
+pub struct Received {
+    /// What sort of packet it is.
+    pub kind: Kind,
+    /// The guest's transaction id, if it asks for a completion; in a completion that of the request.
+    pub transaction: Option<u64>,
+    /// The data, padded to a multiple of 8 bytes.
+    pub payload: Vec<u8>,
+    /// The memory that it lends. The host's until it completes the packet.
+    pub external: Option<GuestBuffer>,
 }
 
 impl HostChannel {
@@ -32,7 +53,38 @@ impl HostChannel {
             reader,
             writer,
             interrupt: false,
+            guest: GuestMemory::default(),
+            gpadls: Gpadls::default(),
+            last_transaction: 0,
         })
+    }
+
+    /// The same channel, able to reach the memory that the guest lends.
+    pub fn reaching(self, guest: &GuestMemory, gpadls: &Gpadls) -> Self {
+        Self {
+            guest: guest.clone(),
+            gpadls: gpadls.clone(),
+            ..self
+        }
+    }
+
+    /// Maps a GPADL of this channel (`VmbChannelMapGpadl`). Dropping the mapping unmaps it; until then the guest does
+    /// not get the memory back, unless the channel is rescinded or the connection ends.
+    pub fn map_gpadl(&self, handle: GpadlHandle, access: Access) -> Result<MappedGpadl, MapError> {
+        let mapped = self.gpadls.map(self.opening.channel, handle, access)?;
+        Ok(self.guest.gpadl(mapped))
+    }
+
+    /// Handles of this channel's GPADLs besides that of the rings.
+    pub fn gpadls(&self) -> Vec<GpadlHandle> {
+        let mut handles = self.gpadls.of_channel(self.opening.channel);
+        handles.retain(|handle| *handle != self.opening.ring);
+        handles
+    }
+
+    /// The memory that a received packet lends (`VmbChannelPacketGetExternalData`).
+    pub fn external_data(&self, packet: &PacketBuffer) -> Result<GuestBuffer, AccessError> {
+        self.guest.external_data(packet)
     }
 
     /// The ring memory: for tests that play a broken host.
@@ -72,6 +124,38 @@ impl HostChannel {
     /// Takes the guest's next packet. Its room is the guest's again after [`release`](Self::release).
     pub fn receive(&mut self, packet: &mut PacketBuffer) -> Result<bool, RingError> {
         self.reader.read(packet)
+    }
+
+    /// Takes all that the guest has sent, in order, and gives their room back. No quota holds any of it back: whoever
+    /// wants back-pressure takes one [`receive`](Self::receive) at a time.
+    pub fn receive_all(&mut self) -> Result<Vec<Received>, RingError> {
+        let mut packet = PacketBuffer::default();
+        let mut all = Vec::new();
+        while self.receive(&mut packet)? {
+            let is_answer = packet.kind() == Kind::COMPLETION;
+            all.push(Received {
+                kind: packet.kind(),
+                transaction: (is_answer || packet.completion_requested())
+                    .then_some(packet.transaction_id()),
+                payload: packet.payload().to_vec(),
+                external: self.external_data(&packet).ok(),
+            });
+        }
+        self.release()?;
+        Ok(all)
+    }
+
+    /// Answers a packet of the guest's that asked for it.
+    pub fn complete(&mut self, transaction: u64, payload: &[u8]) -> Result<(), PushError> {
+        self.send(&Outgoing::completion(transaction, payload))
+    }
+
+    /// Sends a packet and asks for its completion; returns the transaction id that the completion will repeat.
+    pub fn request(&mut self, payload: &[u8]) -> Result<u64, PushError> {
+        let id = self.last_transaction.wrapping_add(1);
+        self.send(&Outgoing::in_band([payload, &[]]).with_completion(id))?;
+        self.last_transaction = id;
+        Ok(id)
     }
 
     /// Gives the room of the received packets back to the guest.

@@ -14,3 +14,4 @@ pub mod channel;
 pub mod dynamic_memory;
 pub mod integration;
 pub mod machine;
+pub mod memory;

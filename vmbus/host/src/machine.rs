@@ -13,18 +13,20 @@ use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::num::NonZeroU16;
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use spin::{Mutex, Once};
 use vmbus::hypervisor::{Hypervisor, Level, OutOfMemory, PostError};
-use vmbus::ids::{ChannelId, ConnectionId, PageNumber, VpIndex};
+use vmbus::ids::{ChannelId, ConnectionId, GpadlHandle, PageNumber, VpIndex};
 use vmbus::protocol::Status;
 use vmbus::ring::{Outgoing, PacketBuffer};
-use vmbus::shared::{SharedPages, WeakPages};
+use vmbus::shared::SharedPages;
 
-use crate::bus::{Device, Event, HvStatus, Message, Opening, Profile, Server};
+use crate::bus::{Device, Event, HvStatus, Lent, Message, NO_INTERRUPTS, Opening, Profile, Server};
 use crate::channel::HostChannel;
 use crate::dynamic_memory::DynamicMemory;
+use crate::memory::GuestMemory;
 
 /// The guest's end: what the hypervisor interrupts.
 pub trait Guest: Send + Sync {
@@ -109,8 +111,12 @@ impl Provider for SharedDynamicMemory {
 /// The machine.
 pub struct Machine {
     host: Mutex<Host>,
-    /// An interrupt that could not be delivered yet.
-    pending: Mutex<VecDeque<ChannelId>>,
+    /// Interrupts that could not be delivered yet, and the VP that each is for.
+    pending: Mutex<VecDeque<(ChannelId, VpIndex)>>,
+    /// The VP that runs the guest's code.
+    vp: AtomicU32,
+    /// Where the last interrupt of each channel went.
+    interrupted: Mutex<BTreeMap<ChannelId, VpIndex>>,
     dispatch: AtomicBool,
     work_requested: AtomicBool,
     work_requests: AtomicU64,
@@ -130,7 +136,9 @@ struct Host {
     open: BTreeMap<ChannelId, HostChannel>,
     /// Closed channels whose GPADL the guest has not got back.
     closing: Vec<HostChannel>,
-    memory: Vec<(PageNumber, WeakPages)>,
+    memory: GuestMemory,
+    /// GPADLs that the guest has not got back.
+    lent: BTreeMap<GpadlHandle, Arc<Lent>>,
     /// Channels that the guest has signalled.
     signalled: BTreeSet<ChannelId>,
     /// Pages that can still be shared.
@@ -150,13 +158,16 @@ impl Machine {
                 providers: BTreeMap::new(),
                 open: BTreeMap::new(),
                 closing: Vec::new(),
-                memory: Vec::new(),
+                memory: GuestMemory::default(),
+                lent: BTreeMap::new(),
                 signalled: BTreeSet::new(),
                 free_pages: 4096,
                 complaints: Vec::new(),
                 open_status: Status::SUCCESS,
             }),
             pending: Mutex::new(VecDeque::new()),
+            vp: AtomicU32::new(0),
+            interrupted: Mutex::new(BTreeMap::new()),
             dispatch: AtomicBool::new(false),
             work_requested: AtomicBool::new(false),
             work_requests: AtomicU64::new(0),
@@ -204,8 +215,8 @@ impl Machine {
             return false;
         };
         let next = self.pending.lock().remove(which);
-        if let Some(id) = next {
-            self.at_dispatch(|| guest.on_event(id));
+        if let Some((id, vp)) = next {
+            self.at_dispatch(|| self.on_vp(vp, || self.event(&*guest, id)));
         }
         next.is_some()
     }
@@ -222,7 +233,8 @@ impl Machine {
         let Some(message) = next else {
             return false;
         };
-        let taken = self.at_dispatch(|| guest.on_message(&message.payload));
+        let take = || guest.on_message(&message.payload);
+        let taken = self.at_dispatch(|| self.on_vp(message.vp, take));
         if !taken {
             *self.message_slot.lock() = Some(message);
         }
@@ -272,7 +284,21 @@ impl Machine {
         Some(id)
     }
 
-    /// Takes a device away.
+    /// Offers a further channel of the device that `primary` belongs to, served by `provider`, as a device does whose
+    /// protocol was asked for it. `None` when there is no such device, or it has a channel with this index.
+    pub fn add_sub_channel(
+        &self,
+        primary: ChannelId,
+        index: NonZeroU16,
+        provider: impl Provider + 'static,
+    ) -> Option<ChannelId> {
+        let mut host = self.host.lock();
+        let id = host.server.add_sub_channel(primary, index)?;
+        host.providers.insert(id, Box::new(provider));
+        Some(id)
+    }
+
+    /// Takes a device away, or one sub-channel of it. A host that closes its end does just this.
     pub fn rescind(&self, id: ChannelId) -> bool {
         self.host.lock().server.rescind(id)
     }
@@ -288,18 +314,41 @@ impl Machine {
             let mut host = self.host.lock();
             let channel = host.open.get_mut(&id)?;
             let result = with(channel);
-            (result, channel.take_interrupt().is_some())
+            (result, channel.take_interrupt())
         };
-        if interrupt {
-            self.interrupt(id);
+        if let Some(vp) = interrupt {
+            self.interrupt_vp(id, vp);
         }
         Some(result)
     }
 
-    /// Sets a channel's event flag, whatever the rings say: spurious and doubled interrupts.
+    /// Sets a channel's event flag on its target VP, whatever the rings say: spurious and doubled interrupts.
     pub fn interrupt(&self, id: ChannelId) {
-        self.pending.lock().push_back(id);
-        self.deliver();
+        let vp = self
+            .host
+            .lock()
+            .open
+            .get(&id)
+            .map_or(VpIndex(0), |channel| channel.opening.target_vp);
+        self.interrupt_vp(id, vp);
+    }
+
+    /// Sets a channel's event flag on any VP, as a host does that has not seen MODIFY_CHANNEL yet.
+    pub fn interrupt_vp(&self, id: ChannelId, vp: VpIndex) {
+        if vp != NO_INTERRUPTS {
+            self.pending.lock().push_back((id, vp));
+            self.deliver();
+        }
+    }
+
+    /// The VP that took the last interrupt of a channel.
+    pub fn interrupted_vp(&self, id: ChannelId) -> Option<VpIndex> {
+        self.interrupted.lock().get(&id).copied()
+    }
+
+    /// The guest's memory as the host reaches it.
+    pub fn memory(&self) -> GuestMemory {
+        self.host.lock().memory.clone()
     }
 
     /// How the next channels that are opened are answered.
@@ -324,9 +373,7 @@ impl Machine {
 
     /// Runs of shared pages that the guest has not given back.
     pub fn shared_runs(&self) -> usize {
-        let host = self.host.lock();
-        let live = |(_, weak): &&(PageNumber, WeakPages)| weak.upgrade().is_some();
-        host.memory.iter().filter(live).count()
+        self.host.lock().memory.shared_runs()
     }
 
     /// What the guest did that no guest may do: memory given back too early, messages that hosts drop.
@@ -425,6 +472,21 @@ impl Machine {
         self.guest.lock().clone()
     }
 
+    /// Runs the guest's code on another VP, as far as the guest can tell.
+    fn on_vp<R>(&self, vp: VpIndex, code: impl FnOnce() -> R) -> R {
+        let before = self.vp.swap(vp.0, Ordering::SeqCst);
+        let result = code();
+        self.vp.store(before, Ordering::SeqCst);
+        result
+    }
+
+    /// Sets an event flag on the VP that runs.
+    fn event(&self, guest: &dyn Guest, id: ChannelId) {
+        let vp = VpIndex(self.vp.load(Ordering::SeqCst));
+        self.interrupted.lock().insert(id, vp);
+        guest.on_event(id);
+    }
+
     fn complain(&self, what: &'static str) {
         self.host.lock().complaints.push(what);
     }
@@ -439,11 +501,11 @@ impl Machine {
         };
         while !self.dispatch.load(Ordering::SeqCst) {
             let next = self.pending.lock().pop_front();
-            let Some(id) = next else {
+            let Some((id, vp)) = next else {
                 return;
             };
             self.dispatch.store(true, Ordering::SeqCst);
-            guest.on_event(id);
+            self.on_vp(vp, || self.event(&*guest, id));
             self.dispatch.store(false, Ordering::SeqCst);
         }
     }
@@ -465,7 +527,8 @@ impl Machine {
             drop(slot);
             busy = true;
             // A slot that is not emptied keeps its message until the guest has worked.
-            if !self.at_dispatch(|| guest.on_message(&message.payload)) {
+            let take = || guest.on_message(&message.payload);
+            if !self.at_dispatch(|| self.on_vp(message.vp, take)) {
                 *self.message_slot.lock() = Some(message);
                 return busy;
             }
@@ -497,14 +560,14 @@ impl Machine {
                     provider.serve(now, channel);
                 }
             }
-            if channel.take_interrupt().is_some() {
-                interrupts.push(*id);
+            if let Some(vp) = channel.take_interrupt() {
+                interrupts.push((*id, vp));
             }
         }
         drop(host);
-        for id in interrupts {
+        for (id, vp) in interrupts {
             busy = true;
-            self.interrupt(id);
+            self.interrupt_vp(id, vp);
         }
         busy
     }
@@ -529,18 +592,30 @@ impl Host {
                     .partition(|channel| channel.opening.ring == handle);
                 self.closing = rest;
                 gone.iter().for_each(|channel| self.check(channel));
+                self.check_lent(handle);
             }
             Event::Disconnected => {
                 let gone = core::mem::take(&mut self.closing);
                 gone.iter().for_each(|channel| self.check(channel));
                 let open = core::mem::take(&mut self.open);
                 open.values().for_each(|channel| self.check(channel));
+                let handles: Vec<_> = self.lent.keys().copied().collect();
+                handles
+                    .into_iter()
+                    .for_each(|handle| self.check_lent(handle));
+            }
+            Event::GpadlCreated(handle) => {
+                if let Some(lent) = self.server.gpadls().get(handle) {
+                    self.lent.insert(handle, lent);
+                }
+            }
+            Event::TargetVp { channel, target_vp } => {
+                if let Some(channel) = self.open.get_mut(&channel) {
+                    channel.opening.target_vp = target_vp;
+                }
             }
             Event::Dropped { reason, .. } => self.complaints.push(reason),
-            Event::Connected(_)
-            | Event::TargetVp { .. }
-            | Event::GpadlCreated(_)
-            | Event::Released(_) => {}
+            Event::Connected(_) | Event::Released(_) => {}
         }
     }
 
@@ -552,15 +627,28 @@ impl Host {
         }
     }
 
+    /// The same for the memory of a GPADL, which the guest still lends at this moment.
+    fn check_lent(&mut self, handle: GpadlHandle) {
+        let Some(lent) = self.lent.remove(&handle) else {
+            return;
+        };
+        let pages = lent.ranges().iter().flat_map(|range| &range.pages);
+        if pages
+            .into_iter()
+            .any(|page| self.memory.was_given_back(*page))
+        {
+            self.complaints
+                .push("GPADL memory was given back while the host had it");
+        }
+    }
+
     fn open(&mut self, opening: Opening) {
         let id = opening.channel;
         let first = opening.pages.first();
-        let memory = self
-            .memory
-            .iter()
-            .find(|(page, weak)| Some(page) == first && weak.upgrade().is_some())
-            .and_then(|(_, weak)| weak.upgrade());
-        let channel = memory.and_then(|memory| HostChannel::new(opening, memory).ok());
+        let memory = first.and_then(|first| self.memory.find(*first));
+        let memory = memory.filter(|(_, index)| *index == 0);
+        let channel = memory.and_then(|(memory, _)| HostChannel::new(opening, memory).ok());
+        let channel = channel.map(|channel| channel.reaching(&self.memory, self.server.gpadls()));
         let status = match (channel, self.providers.get_mut(&id)) {
             (Some(mut channel), Some(provider)) if self.open_status.is_success() => {
                 let status = provider.opened(&mut channel);
@@ -615,14 +703,14 @@ impl Hypervisor for Machine {
     }
 
     fn share_pages(&self, count: usize) -> Result<SharedPages, OutOfMemory> {
-        let mut host = self.host.lock();
+        let host = self.host.lock();
         if count > host.free_pages {
             return Err(OutOfMemory { pages: count });
         }
         let first = self.next_page.fetch_add(count as u64 + 1, Ordering::SeqCst);
         let first = PageNumber(first);
         let pages = SharedPages::from_heap(first, count).ok_or(OutOfMemory { pages: count })?;
-        host.memory.push((first, pages.downgrade()));
+        host.memory.add(&pages);
         Ok(pages)
     }
 
@@ -631,7 +719,7 @@ impl Hypervisor for Machine {
     }
 
     fn current_vp(&self) -> VpIndex {
-        VpIndex(0)
+        VpIndex(self.vp.load(Ordering::SeqCst))
     }
 
     fn raise_to_dispatch(&self) -> Level {

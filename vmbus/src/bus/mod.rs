@@ -29,7 +29,9 @@ use crate::hypervisor::PostError;
 use crate::ids::{ChannelId, ConnectionId, GpadlHandle, VpIndex};
 use crate::protocol::message::{RequestOffers, Unload};
 use crate::protocol::sizes::{Direction, MessageInfo};
-use crate::protocol::{FeatureFlags, Header, LEGACY_CONNECTION, MessageType, Payload, Version};
+use crate::protocol::{
+    FeatureFlags, Guid, Header, LEGACY_CONNECTION, MessageType, Payload, Version,
+};
 
 /// Every version that the guest speaks, in the order in which it asks for them.
 pub const VERSIONS: [Version; 9] = [
@@ -403,6 +405,16 @@ impl Bus {
     /// The channels on offer, by number; rescinded ones are not.
     pub fn offers(&self) -> impl Iterator<Item = &Offer> {
         self.connected().into_iter().flat_map(Connection::offers)
+    }
+
+    /// The offer of one channel of a device: 0 for its primary channel, 1.. for its sub-channels. If the host, against
+    /// the rules, offers two of them, the one with the lower number. Rescinded ones are not on offer.
+    pub fn offer(&self, interface: Guid, instance: Guid, sub_channel_index: u16) -> Option<&Offer> {
+        self.offers().find(|offer| {
+            offer.interface == interface
+                && offer.instance == instance
+                && offer.sub_channel_index == sub_channel_index
+        })
     }
 
     /// How often the host has violated the protocol since the bus was made.

@@ -6,7 +6,7 @@ use vmbus::hypervisor::PostError;
 use vmbus::ids::{ChannelId, GpadlHandle, PageNumber};
 use vmbus::protocol::message::GpadlCreated;
 use vmbus::protocol::{MessageType, Payload, Status, interface};
-use vmbus_host::bus::{Event as HostEvent, Fault, Profile, Rule};
+use vmbus_host::bus::{Access, Event as HostEvent, Fault, MapError, Profile, Rule};
 
 use crate::world::{PROFILES, SECOND, World, pages};
 
@@ -304,4 +304,82 @@ fn a_gpadl_that_is_gone_is_not_posted_again() {
     world.rest();
     assert_eq!(world.posted_count(MessageType::GPADL_HEADER), 0);
     assert_eq!(world.posted_count(MessageType::GPADL_BODY), 0);
+}
+
+/// Delete blocks while the server has it mapped (spec kmcl.md 1.10).
+#[test]
+fn memory_that_the_host_has_mapped_stays_lent_until_it_is_unmapped() {
+    for profile in PROFILES {
+        let (mut world, channel) = scsi(profile());
+        let (handle, _) = world.gpadl(channel, 4);
+        let gpadls = world.server.gpadls().clone();
+        let mapped = gpadls.map(channel, handle, Access::ReadWrite).unwrap();
+        let pages: Vec<_> = mapped
+            .ranges()
+            .iter()
+            .flat_map(|range| &range.pages)
+            .collect();
+        assert_eq!(pages, all_pages(&world, handle).iter().collect::<Vec<_>>());
+        let again = gpadls.map(channel, handle, Access::Read);
+        assert_eq!(again.unwrap_err(), MapError::Mapped(handle));
+        let now = world.now;
+        world.bus.teardown_gpadl(now, handle).unwrap();
+        world.rest();
+        assert!(!world.events.contains(&Event::GpadlTornDown(handle)));
+        assert!(!mapped.is_revoked());
+        drop(mapped);
+        world.wait(|event| *event == Event::GpadlTornDown(handle));
+        assert_eq!(
+            gpadls.map(channel, handle, Access::Read).unwrap_err(),
+            MapError::Unknown(handle)
+        );
+        assert_eq!(world.server.gpadl_count(), 0);
+    }
+}
+
+#[test]
+fn a_rescind_takes_mapped_memory_from_the_host() {
+    for profile in PROFILES {
+        let (mut world, channel) = scsi(profile());
+        let other = world.channel(interface::DYNAMIC_MEMORY);
+        let (handle, _) = world.gpadl(channel, 4);
+        let gpadls = world.server.gpadls().clone();
+        assert_eq!(
+            gpadls.map(other, handle, Access::Read).unwrap_err(),
+            MapError::Unknown(handle),
+            "a GPADL is its channel's"
+        );
+        let mapped = gpadls.map(channel, handle, Access::Read).unwrap();
+        world.server.rescind(channel);
+        world.wait(|event| *event == Event::Rescinded(channel));
+        assert!(mapped.is_revoked());
+        world.teardown(handle);
+        world.bus.release(channel).unwrap();
+        world.settle();
+        world.assert_clean();
+    }
+}
+
+/// A channel can have many, each with its own life.
+#[test]
+fn gpadls_of_one_channel_come_and_go_in_any_order() {
+    for profile in PROFILES {
+        let (mut world, channel) = scsi(profile());
+        let handles: Vec<_> = (1..20).map(|i| world.start_gpadl(channel, 5 * i)).collect();
+        for &handle in &handles {
+            let result = Ok(());
+            world.wait(|event| *event == Event::GpadlCreated { handle, result });
+        }
+        assert_eq!(world.server.gpadls().of_channel(channel), handles);
+        for &handle in handles
+            .iter()
+            .step_by(2)
+            .chain(handles.iter().skip(1).step_by(2).rev())
+        {
+            let mapped = world.server.gpadls().map(channel, handle, Access::Read);
+            assert_eq!(mapped.unwrap().ranges().len(), 1);
+            world.teardown(handle);
+        }
+        world.assert_clean();
+    }
 }

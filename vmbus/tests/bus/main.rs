@@ -6,4 +6,5 @@ mod channels;
 mod connection;
 mod gpadls;
 mod hostile;
+mod subchannels;
 mod world;

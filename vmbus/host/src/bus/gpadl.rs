@@ -1,8 +1,13 @@
 //! GPADLs as the host puts them together.
 
+use alloc::collections::BTreeMap;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::fmt;
+use core::sync::atomic::{AtomicBool, Ordering};
 
-use vmbus::ids::{ChannelId, PAGE_SIZE, PageNumber};
+use spin::Mutex;
+use vmbus::ids::{ChannelId, GpadlHandle, PAGE_SIZE, PageNumber};
 use vmbus::protocol::message::{GpadlHeader, RangeHeader};
 use zerocopy::FromBytes;
 use zerocopy::little_endian::U64;
@@ -18,6 +23,156 @@ pub struct Range {
     pub byte_count: u32,
     /// Its pages, in order.
     pub pages: Vec<PageNumber>,
+}
+
+/// The GPADLs that are whole: who maps one finds it here. Clones are the same.
+#[derive(Clone, Default, Debug)]
+pub struct Gpadls(Arc<Mutex<BTreeMap<GpadlHandle, Arc<Lent>>>>);
+
+/// A GPADL that is whole.
+#[derive(Debug)]
+pub struct Lent {
+    channel: ChannelId,
+    ranges: Vec<Range>,
+    mapped: AtomicBool,
+    /// The host may not touch it any more.
+    revoked: AtomicBool,
+}
+
+/// A GPADL that the host uses. The guest gets its memory back only after this has been dropped
+/// (spec kmcl.md 1.10, `VmbChannelMapGpadl` and `VmbChannelUnmapGpadl`).
+#[derive(Debug)]
+pub struct Mapped {
+    lent: Arc<Lent>,
+    access: Access,
+}
+
+/// What a mapping is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// The host only reads.
+    Read,
+    /// The host reads and writes.
+    ReadWrite,
+}
+
+/// Why a GPADL cannot be mapped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MapError {
+    /// The channel has no such GPADL.
+    Unknown(GpadlHandle),
+    /// It is mapped already: one mapping at a time.
+    Mapped(GpadlHandle),
+}
+
+impl fmt::Display for MapError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown(handle) => write!(f, "the channel has no GPADL {handle}"),
+            Self::Mapped(handle) => write!(f, "GPADL {handle} is mapped already"),
+        }
+    }
+}
+
+impl core::error::Error for MapError {}
+
+impl Gpadls {
+    /// The GPADL with this handle.
+    pub fn get(&self, handle: GpadlHandle) -> Option<Arc<Lent>> {
+        self.0.lock().get(&handle).cloned()
+    }
+
+    /// Handles of the GPADLs of a channel, its rings included.
+    pub fn of_channel(&self, channel: ChannelId) -> Vec<GpadlHandle> {
+        let all = self.0.lock();
+        let of = all.iter().filter(|(_, lent)| lent.channel == channel);
+        of.map(|(handle, _)| *handle).collect()
+    }
+
+    /// Maps a GPADL of `channel`.
+    pub fn map(
+        &self,
+        channel: ChannelId,
+        handle: GpadlHandle,
+        access: Access,
+    ) -> Result<Mapped, MapError> {
+        let lent = self.get(handle).filter(|lent| lent.channel == channel);
+        let lent = lent.ok_or(MapError::Unknown(handle))?;
+        if lent.revoked.load(Ordering::SeqCst) {
+            return Err(MapError::Unknown(handle));
+        }
+        if lent.mapped.swap(true, Ordering::SeqCst) {
+            return Err(MapError::Mapped(handle));
+        }
+        Ok(Mapped { lent, access })
+    }
+
+    pub(super) fn insert(&self, handle: GpadlHandle, channel: ChannelId, ranges: &[Range]) {
+        let lent = Lent {
+            channel,
+            ranges: ranges.into(),
+            mapped: AtomicBool::new(false),
+            revoked: AtomicBool::new(false),
+        };
+        self.0.lock().insert(handle, Arc::new(lent));
+    }
+
+    pub(super) fn is_mapped(&self, handle: GpadlHandle) -> bool {
+        self.get(handle)
+            .is_some_and(|lent| lent.mapped.load(Ordering::SeqCst))
+    }
+
+    /// Takes the GPADLs of a channel from whoever has them mapped.
+    pub(super) fn revoke(&self, channel: ChannelId) {
+        for lent in self.0.lock().values() {
+            if lent.channel == channel {
+                lent.revoked.store(true, Ordering::SeqCst);
+            }
+        }
+    }
+
+    pub(super) fn remove(&self, handle: GpadlHandle) {
+        if let Some(lent) = self.0.lock().remove(&handle) {
+            lent.revoked.store(true, Ordering::SeqCst);
+        }
+    }
+
+    pub(super) fn clear(&self) {
+        let gone = core::mem::take(&mut *self.0.lock());
+        for lent in gone.values() {
+            lent.revoked.store(true, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Lent {
+    /// What it describes.
+    pub fn ranges(&self) -> &[Range] {
+        &self.ranges
+    }
+}
+
+impl Mapped {
+    /// What it describes.
+    pub fn ranges(&self) -> &[Range] {
+        self.lent.ranges()
+    }
+
+    /// What it was mapped for.
+    pub const fn access(&self) -> Access {
+        self.access
+    }
+
+    /// Whether the guest has got the memory back by a rescind or the end of the connection.
+    pub fn is_revoked(&self) -> bool {
+        self.lent.revoked.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        self.lent.mapped.store(false, Ordering::SeqCst);
+    }
 }
 
 #[derive(Debug)]

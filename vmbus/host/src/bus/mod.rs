@@ -14,8 +14,9 @@ mod profile;
 
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
+use core::num::NonZeroU16;
 
-use vmbus::ids::{ChannelId, ConnectionId, GpadlHandle, PageNumber, VpIndex};
+use vmbus::ids::{ChannelId, ConnectionId, GpadlHandle, PAGE_SIZE, PageNumber, VpIndex};
 use vmbus::protocol::message::{
     AllOffersDelivered, CloseChannel, GpadlBody, GpadlCreated, GpadlHeader, GpadlTeardown,
     GpadlTorndown, InitiateContact, ModifyChannel, ModifyChannelResponse, OfferChannel,
@@ -30,9 +31,9 @@ use vmbus::protocol::{
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, IntoBytes};
 
-pub use gpadl::Range;
+pub use gpadl::{Access, Gpadls, Lent, MapError, Mapped, Range};
 pub use line::{Fault, Rule};
-pub use profile::{GpadlRule, OfferOrder, Profile, Versions};
+pub use profile::{GpadlRule, OfferOrder, Profile, RescindOrder, Versions};
 
 use gpadl::{Gpadl, Progress};
 use line::Line;
@@ -65,6 +66,8 @@ pub struct Device {
     pub flags: OfferFlags,
     /// MMIO space that the device needs, in MiB.
     pub mmio_megabytes: u16,
+    /// MMIO space that the device could use, in MiB.
+    pub optional_mmio_megabytes: u16,
     /// Defined by the device.
     pub user_data: [u8; 120],
     /// Its bit in the monitor page, if it wants one and the host and the guest have such pages.
@@ -82,9 +85,20 @@ impl Device {
             sub_channel_index: 0,
             flags: OfferFlags::ENUMERATE_DEVICE_INTERFACE,
             mmio_megabytes: 0,
+            optional_mmio_megabytes: 0,
             user_data: [0; 120],
             monitor_id: None,
             late: false,
+        }
+    }
+
+    /// A further channel of this device. MMIO space and monitor bit stay with the primary channel.
+    pub const fn sub_channel(&self, index: NonZeroU16) -> Self {
+        Self {
+            sub_channel_index: index.get(),
+            flags: self.flags,
+            user_data: self.user_data,
+            ..Self::new(self.interface, self.instance)
         }
     }
 }
@@ -133,6 +147,9 @@ pub enum Event {
     },
 }
 
+/// The target VP of a channel whose interrupts the guest does not want (spec vmbus.md 3.2).
+pub const NO_INTERRUPTS: VpIndex = VpIndex(u32::MAX);
+
 /// How the guest wants to open a channel.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Opening {
@@ -174,6 +191,8 @@ pub struct Server {
     connection: Option<Connection>,
     channels: BTreeMap<ChannelId, Channel>,
     gpadls: BTreeMap<GpadlHandle, Gpadl>,
+    /// Those that are whole.
+    lent: Gpadls,
     inbox: Line<Incoming>,
     outbox: Line<Message>,
     events: VecDeque<Event>,
@@ -194,8 +213,17 @@ struct Connection {
     messages: ConnectionId,
     /// Where the host's messages go.
     vp: VpIndex,
-    monitor_pages: bool,
+    monitor_pages: Option<MonitorPages>,
     offers_requested: bool,
+}
+
+/// The pages through which both ends signal without a hypercall (spec vmbus.md 5.3).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MonitorPages {
+    /// The one that the host writes.
+    pub parent_to_child: PageNumber,
+    /// The one that the guest writes.
+    pub child_to_parent: PageNumber,
 }
 
 #[derive(Debug)]
@@ -223,7 +251,7 @@ impl ChannelState {
 
 impl Server {
     /// A server without devices and without a guest.
-    pub const fn new(profile: Profile) -> Self {
+    pub fn new(profile: Profile) -> Self {
         Self {
             profile,
             refusals: Refusals {
@@ -234,6 +262,7 @@ impl Server {
             connection: None,
             channels: BTreeMap::new(),
             gpadls: BTreeMap::new(),
+            lent: Gpadls::default(),
             inbox: Line::new(),
             outbox: Line::new(),
             events: VecDeque::new(),
@@ -293,21 +322,69 @@ impl Server {
         Some(id)
     }
 
-    /// Takes a channel back. Returns whether there is such a channel.
+    /// Adds a channel to the device that `primary` belongs to, and offers it. `None` when there is no such primary
+    /// channel, the device has a channel with this index, or no channel number is free.
+    ///
+    /// Hosts do this when the device's own protocol asks for it. The channel goes with its primary channel.
+    pub fn add_sub_channel(&mut self, primary: ChannelId, index: NonZeroU16) -> Option<ChannelId> {
+        let channel = self.channels.get(&primary)?;
+        let device = &channel.device;
+        if channel.rescinded || device.sub_channel_index != 0 {
+            return None;
+        }
+        let device = device.sub_channel(index);
+        let taken = self.sub_channels(primary).any(|id| {
+            let other = self.channels.get(&id);
+            other.is_some_and(|other| other.device.sub_channel_index == index.get())
+        });
+        if taken { None } else { self.add(device) }
+    }
+
+    /// The sub-channels of the device that `primary` belongs to, in the order of their numbers. Rescinded ones are not.
+    pub fn sub_channels(&self, primary: ChannelId) -> impl Iterator<Item = ChannelId> + use<'_> {
+        let device = self.channels.get(&primary).map(|channel| &channel.device);
+        let device = device.filter(|device| device.sub_channel_index == 0);
+        let of_device = move |channel: &Channel| {
+            !channel.rescinded
+                && channel.device.sub_channel_index != 0
+                && device.is_some_and(|device| {
+                    device.interface == channel.device.interface
+                        && device.instance == channel.device.instance
+                })
+        };
+        let channels = self.channels.iter();
+        channels
+            .filter(move |(_, channel)| of_device(channel))
+            .map(|(id, _)| *id)
+    }
+
+    /// Takes a channel back; with a primary channel its sub-channels go too, one message for each, in the order of the
+    /// [`Profile`]. Returns whether there is such a channel.
     pub fn rescind(&mut self, id: ChannelId) -> bool {
-        let Some(channel) = self
-            .channels
-            .get_mut(&id)
-            .filter(|channel| !channel.rescinded)
-        else {
-            return false;
+        let subs: Vec<_> = self.sub_channels(id).collect();
+        if self.profile.rescind_order == RescindOrder::SubChannelsFirst {
+            subs.iter().for_each(|sub| self.rescind_one(*sub));
+        }
+        let there = self.channels.get(&id);
+        let there = there.is_some_and(|channel| !channel.rescinded);
+        self.rescind_one(id);
+        if self.profile.rescind_order == RescindOrder::PrimaryFirst {
+            subs.iter().for_each(|sub| self.rescind_one(*sub));
+        }
+        there
+    }
+
+    fn rescind_one(&mut self, id: ChannelId) {
+        let channel = self.channels.get_mut(&id);
+        let Some(channel) = channel.filter(|channel| !channel.rescinded) else {
+            return;
         };
         if !self
             .connection
             .is_some_and(|connection| connection.offers_requested)
         {
             self.channels.remove(&id);
-            return true;
+            return;
         }
         channel.rescinded = true;
         if let ChannelState::Opening { .. } = channel.state {
@@ -316,10 +393,10 @@ impl Server {
         }
         let incomplete = |gpadl: &Gpadl| gpadl.channel == id && gpadl.ranges().is_none();
         self.gpadls.retain(|_, gpadl| !incomplete(gpadl));
+        self.lent.revoke(id);
         self.send(&RescindChannelOffer {
             channel: U32::new(id.0),
         });
-        true
     }
 
     /// Answers [`Event::Opening`]. Does nothing when the guest no longer waits for it.
@@ -352,6 +429,11 @@ impl Server {
         self.gpadls.get(&handle)?.ranges()
     }
 
+    /// The GPADLs that are whole, for whoever maps them. Clones are the same.
+    pub const fn gpadls(&self) -> &Gpadls {
+        &self.lent
+    }
+
     /// How many GPADLs exist, incomplete ones included.
     pub fn gpadl_count(&self) -> usize {
         self.gpadls.len()
@@ -360,6 +442,23 @@ impl Server {
     /// The version that the guest is connected with.
     pub fn version(&self) -> Option<Version> {
         Some(self.connection?.version)
+    }
+
+    /// The monitor pages of the guest, if it has such pages and the host uses them.
+    pub fn monitor_pages(&self) -> Option<MonitorPages> {
+        self.connection?
+            .monitor_pages
+            .filter(|_| self.profile.monitors)
+    }
+
+    /// The open channel that has this bit in the monitor pages.
+    pub fn monitored_channel(&self, monitor_id: u8) -> Option<ChannelId> {
+        let mut channels = self.channels.iter();
+        let of = |channel: &Channel| {
+            channel.device.monitor_id == Some(monitor_id)
+                && matches!(channel.state, ChannelState::Open { .. })
+        };
+        channels.find(|(_, channel)| of(channel)).map(|(id, _)| *id)
     }
 
     /// Whether a channel is open.
@@ -407,6 +506,8 @@ impl Server {
                 self.drop(kind, reason);
             }
         }
+        // Somebody may have unmapped one.
+        self.finish_teardowns();
     }
 
     /// The next message to deliver to the guest.
@@ -499,8 +600,11 @@ impl Server {
                 self.events.push_back(Event::Closed(*id));
             }
         }
-        self.channels.retain(|_, channel| !channel.rescinded);
+        // Sub-channels exist because the guest asked the device for them.
+        let stays = |channel: &Channel| !channel.rescinded && channel.device.sub_channel_index == 0;
+        self.channels.retain(|_, channel| stays(channel));
         self.gpadls.clear();
+        self.lent.clear();
         self.events.push_back(Event::Disconnected);
     }
 
@@ -551,7 +655,10 @@ impl Server {
             } else {
                 0
             }),
-            monitor_pages: monitors.0,
+            monitor_pages: (monitors.0 && monitors.1).then(|| MonitorPages {
+                parent_to_child: page_of(contact.parent_to_child_monitor.get()),
+                child_to_parent: page_of(contact.child_to_parent_monitor.get()),
+            }),
             offers_requested: false,
         };
         let mut response = Payload::new(&VersionResponse {
@@ -628,7 +735,7 @@ impl Server {
         let device = &channel.device;
         let monitor_id = device
             .monitor_id
-            .filter(|_| self.profile.monitors && connection.monitor_pages);
+            .filter(|_| self.profile.monitors && connection.monitor_pages.is_some());
         let offer = OfferChannel {
             interface: device.interface,
             instance: device.instance,
@@ -637,7 +744,7 @@ impl Server {
             mmio_megabytes: U16::new(device.mmio_megabytes),
             user_data: device.user_data,
             sub_channel_index: U16::new(device.sub_channel_index),
-            optional_mmio_megabytes: U16::ZERO,
+            optional_mmio_megabytes: U16::new(device.optional_mmio_megabytes),
             channel: U32::new(id.0),
             monitor_id: monitor_id.unwrap_or(0xFF),
             monitor_allocated: u8::from(monitor_id.is_some()),
@@ -695,6 +802,10 @@ impl Server {
             }
         };
         if status.is_success() {
+            if let Some(gpadl) = self.gpadls.get(&handle) {
+                let ranges = gpadl.ranges().unwrap_or_default();
+                self.lent.insert(handle, gpadl.channel, ranges);
+            }
             self.events.push_back(Event::GpadlCreated(handle));
         } else {
             self.gpadls.remove(&handle);
@@ -721,8 +832,11 @@ impl Server {
         }
         if rescinded {
             self.gpadls.remove(&handle);
+            self.lent.remove(handle);
             if self.profile.torn_down_after_rescind {
                 self.torn_down(handle);
+            } else {
+                self.events.push_back(Event::GpadlTornDown(handle));
             }
         } else {
             self.finish_teardowns();
@@ -730,7 +844,7 @@ impl Server {
         Ok(())
     }
 
-    /// Lets go of the GPADLs that the guest wants back and that no channel uses any more.
+    /// Lets go of the GPADLs that the guest wants back, that no channel uses any more and that nobody has mapped.
     fn finish_teardowns(&mut self) {
         let rings: Vec<_> = self
             .channels
@@ -740,10 +854,11 @@ impl Server {
         let leaving = self.gpadls.iter().filter(|(_, gpadl)| gpadl.leaving);
         let free: Vec<_> = leaving
             .map(|(handle, _)| *handle)
-            .filter(|handle| !rings.contains(handle))
+            .filter(|handle| !rings.contains(handle) && !self.lent.is_mapped(*handle))
             .collect();
         for handle in free {
             self.gpadls.remove(&handle);
+            self.lent.remove(handle);
             self.torn_down(handle);
         }
     }
@@ -803,6 +918,10 @@ impl Server {
         }
         channel.state = ChannelState::Closed;
         self.events.push_back(Event::Closed(id));
+        if self.profile.sub_channels_end_with_primary {
+            let subs: Vec<_> = self.sub_channels(id).collect();
+            subs.into_iter().for_each(|sub| self.rescind_one(sub));
+        }
         self.finish_teardowns();
         Ok(())
     }
@@ -852,4 +971,9 @@ impl Server {
 /// The body of a message and what follows it.
 fn body<B: Body>(payload: &[u8]) -> Result<(&B, &[u8]), (MessageType, &'static str)> {
     B::parse(payload).ok_or((B::TYPE, "too short"))
+}
+
+/// The page of a guest physical address.
+const fn page_of(address: u64) -> PageNumber {
+    PageNumber(address / PAGE_SIZE as u64)
 }

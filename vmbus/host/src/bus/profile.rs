@@ -33,6 +33,15 @@ pub enum OfferOrder {
     Reversed,
 }
 
+/// The order in which a host takes back the channels of a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RescindOrder {
+    /// The primary channel, then its sub-channels.
+    PrimaryFirst,
+    /// The sub-channels, then their primary channel.
+    SubChannelsFirst,
+}
+
 /// What a host takes as a GPADL, and says when it is something else.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum GpadlRule {
@@ -79,6 +88,11 @@ pub struct Profile {
     pub relid_released: bool,
     /// Whether it answers GPADL_TEARDOWN for a rescinded channel.
     pub torn_down_after_rescind: bool,
+    /// The order in which it takes back the channels of a device. Any other comes from
+    /// [`Fault::Swap`](super::Fault::Swap) and [`Fault::Delay`](super::Fault::Delay).
+    pub rescind_order: RescindOrder,
+    /// Whether it takes back the sub-channels of a device whose primary channel the guest closes.
+    pub sub_channels_end_with_primary: bool,
     /// Whether it gives channels a bit in the monitor pages, when the guest has such pages.
     pub monitors: bool,
 }
@@ -119,6 +133,8 @@ impl Profile {
             gpadls: GpadlRule::OneAlignedRange,
             relid_released: false,
             torn_down_after_rescind: true,
+            rescind_order: RescindOrder::SubChannelsFirst,
+            sub_channels_end_with_primary: true,
             monitors: false,
         }
     }
@@ -147,6 +163,8 @@ impl Profile {
             gpadls: GpadlRule::AnyRanges(Status::UNSUCCESSFUL),
             relid_released: true,
             torn_down_after_rescind: true,
+            rescind_order: RescindOrder::SubChannelsFirst,
+            sub_channels_end_with_primary: true,
             monitors: false,
         }
     }
@@ -174,6 +192,8 @@ impl Profile {
             gpadls: GpadlRule::AnyRanges(Status::UNSUCCESSFUL),
             relid_released: true,
             torn_down_after_rescind: false,
+            rescind_order: RescindOrder::PrimaryFirst,
+            sub_channels_end_with_primary: false,
             monitors: true,
         }
     }
