@@ -1,6 +1,11 @@
 //! Drivers for what hosts offer (VSCs), each written against [`kmcl`](crate::kmcl) and nothing else.
 
 pub mod balloon;
+pub mod ic;
+pub mod shutdown;
+pub mod standing;
+pub mod time_sync;
+pub mod wall_clock;
 
 #[cfg(test)]
 mod tests {

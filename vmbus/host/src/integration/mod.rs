@@ -5,6 +5,8 @@
 //! [`Machine`](crate::machine::Machine).
 
 mod heartbeat;
+mod shutdown;
+mod time_sync;
 
 use alloc::collections::VecDeque;
 use alloc::sync::Arc;
@@ -19,6 +21,8 @@ use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 pub use heartbeat::{Contact, Heartbeat};
+pub use shutdown::{PLANNED, Shutdown, ShutdownRequest};
+pub use time_sync::{SAMPLE, SYNC, TimeSync};
 
 use crate::bus::Device;
 use crate::channel::HostChannel;

@@ -17,9 +17,10 @@ use spin::Mutex;
 pub use protocol::{Phase, Status, Version};
 pub use ranges::PageRange;
 
+use super::standing::Standing;
 use crate::kmcl::{
-    Channel, ChannelBuilder, Client, CompletionRoutine, ConfigError, EnabledChannel,
-    OutgoingPacket, ReceivedPacket, interface,
+    Channel, ChannelBuilder, Client, CompletionRoutine, ConfigError, OutgoingPacket,
+    ReceivedPacket, interface,
 };
 use message::MAX_MESSAGE;
 use protocol::Protocol;
@@ -63,7 +64,7 @@ pub struct Figures {
 #[derive(Debug)]
 pub struct Balloon {
     state: Arc<State>,
-    channel: EnabledChannel,
+    channel: Standing,
 }
 
 /// What the callbacks share with the driver.
@@ -115,7 +116,7 @@ impl Balloon {
             deadline: AtomicU64::new(u64::MAX),
         });
         let [for_packets, for_start, for_close] = [state.clone(), state.clone(), state.clone()];
-        let channel = ChannelBuilder::new(interface::DYNAMIC_MEMORY)
+        let builder = ChannelBuilder::new(interface::DYNAMIC_MEMORY)
             .friendly_name("balloon")
             .ring_pages(RING_PAGES, RING_PAGES)
             .maximum_packet_size(MAX_MESSAGE)
@@ -135,8 +136,8 @@ impl Balloon {
             .closed(move |channel| {
                 for_close.work.lock().protocol.stop();
                 for_close.publish_deadline(channel);
-            })
-            .enable(client)?;
+            });
+        let channel = Standing::new(client, interface::DYNAMIC_MEMORY, builder)?;
         Ok(Self { state, channel })
     }
 
@@ -152,7 +153,7 @@ impl Balloon {
     pub fn service(&self, now: u64) {
         self.state.packets.back.store(false, Ordering::SeqCst);
         self.state.work.lock().protocol.tick(now);
-        self.state.pump(self.channel.channel(), now);
+        self.state.pump(&self.channel.channel(), now);
     }
 
     /// How the protocol stands, and what the host has got. At PASSIVE.
@@ -160,8 +161,8 @@ impl Balloon {
         self.state.work.lock().protocol.status()
     }
 
-    /// The channel, to look at its state or to wait for its end.
-    pub fn channel(&self) -> &EnabledChannel {
+    /// The channel.
+    pub fn channel(&self) -> &Standing {
         &self.channel
     }
 }
