@@ -4,6 +4,7 @@ use alloc::sync::Arc;
 use core::fmt;
 
 use super::channel::{Channel, EnabledChannel};
+use super::raw::OnSignal;
 use super::{ChannelError, Client, ReceivedPacket, Refused, pipe};
 use crate::ids::{PAGE_SIZE, VpIndex};
 use crate::protocol::Guid;
@@ -56,6 +57,8 @@ pub(super) struct Callbacks {
     pub(super) suspend: Option<Arc<StateChange>>,
     pub(super) closed: Option<Arc<StateChange>>,
     pub(super) failure: Option<Arc<Failure>>,
+    /// Runs at every signal, in place of all that the library does; raw mode.
+    pub(super) on_signal: Option<Arc<OnSignal>>,
 }
 
 /// A setting that cannot work.
@@ -63,6 +66,8 @@ pub(super) struct Callbacks {
 pub enum ConfigError {
     /// A size or count that must not be zero is zero.
     Zero(&'static str),
+    /// In raw mode the library processes no packets, so there are no callbacks for them, and no pipe headers.
+    Raw,
     /// A share of processor time that is not from 1 to 100 percent.
     CpuUsage(u8),
     /// A pipe message holds at most 16384 bytes.
@@ -85,6 +90,9 @@ impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Zero(what) => write!(f, "the {what} must not be zero"),
+            Self::Raw => {
+                f.write_str("a channel in raw mode has no packet callbacks and no pipe mode")
+            }
             Self::CpuUsage(percent) => {
                 write!(f, "a share of the time is 1 to 100 percent, not {percent}")
             }
@@ -252,6 +260,21 @@ impl ChannelBuilder {
         self
     }
 
+    /// Suppresses the library's queue management: the driver reads and writes the rings itself, with [`Channel::raw`]
+    /// (spec kmcl.md 6.1, 1). `on_signal` runs when the host signals, for new packets or for room, and once after the
+    /// started callback: at DISPATCH, or at PASSIVE with
+    /// [`incoming_processing_at_passive`](Self::incoming_processing_at_passive); never two at once. A signal while it
+    /// runs has it run again.
+    ///
+    /// Not together with [`process_packet_callbacks`](Self::process_packet_callbacks), and no packets can be allocated.
+    pub fn queue_management_suppressed(
+        mut self,
+        on_signal: impl Fn(&Channel) + Send + Sync + 'static,
+    ) -> Self {
+        self.callbacks.on_signal = Some(Arc::new(on_signal));
+        self
+    }
+
     /// Runs at PASSIVE when the host has opened the channel, before anything flows. Packets sent here wait.
     /// After an error the channel is closed again.
     pub fn opened(
@@ -322,6 +345,12 @@ impl ChannelBuilder {
             if value == 0 {
                 return Err(ConfigError::Zero(what));
             }
+        }
+        let callbacks = &self.callbacks;
+        let processes =
+            callbacks.process_packet.is_some() || callbacks.processing_complete.is_some();
+        if callbacks.on_signal.is_some() && (processes || self.pipe) {
+            return Err(ConfigError::Raw);
         }
         if let Some(percent) = self.dpc_cpu_usage
             && !(1..=100).contains(&percent)

@@ -83,6 +83,8 @@ pub(crate) struct Shared {
 
     /// The receiving half. Taken while a batch runs, callbacks included.
     pub(super) receive: Turn<ReceiveSide>,
+    /// The turn to run the driver's callback for signals, in raw mode.
+    pub(super) signals: Turn<()>,
     /// What a batch may take from the ring.
     pub(super) delivery: AtomicDelivery,
     pub(super) passive: AtomicBool,
@@ -122,6 +124,7 @@ impl Shared {
         Self {
             counters: Live::default(),
             receive: Turn::new(ReceiveSide::default()),
+            signals: Turn::new(()),
             delivery: AtomicDelivery::new(),
             passive: AtomicBool::new(config.passive),
             dpc_cpu_usage: AtomicU8::new(config.dpc_cpu_usage.unwrap_or(0)),

@@ -16,7 +16,8 @@ use super::pipe;
 use super::trace;
 use crate::atomics::{AtomicU8, Ordering};
 use crate::hypervisor::Level;
-use crate::ring::{Kind, PacketBuffer, Reader};
+use crate::ring::{Kind, PacketBuffer, Reader, Writer};
+use crate::turn::Taken;
 
 /// What may be taken from the ring.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -62,6 +63,8 @@ impl AtomicDelivery {
 #[derive(Default)]
 pub(super) struct ReceiveSide {
     reader: Option<Reader>,
+    /// The other direction, in raw mode; else the sending half has it.
+    writer: Option<Writer>,
     /// A place for the next packet, while the driver holds no other.
     spare: Option<Box<Content>>,
     /// Where completions are read to.
@@ -97,6 +100,9 @@ impl Channel {
     /// interrupt during a batch is neither lost nor waited for.
     pub(super) fn dispatch(&self, level: Level) {
         let shared = self.shared();
+        if let Some(on_signal) = &shared.config.callbacks.on_signal {
+            return self.run_on_signal(&**on_signal, level);
+        }
         let mut budget = shared.config.batch_budget;
         shared.receive.run(|side| {
             match shared.in_batch(level, || side.run(self, level, &mut budget)) {
@@ -124,12 +130,15 @@ impl Shared {
     /// ended, and this is to be called again.
     pub(super) fn stop_delivery(&self) -> bool {
         self.delivery.restrict(Delivery::CompletionsOnly);
-        self.receive.enter(|_| ()).is_some_and(|taken| {
-            if taken.asked {
-                self.defer();
-            }
-            true
-        })
+        let free = |taken: Option<Taken<()>>| {
+            taken.is_some_and(|taken| {
+                if taken.asked {
+                    self.defer();
+                }
+                true
+            })
+        };
+        free(self.signals.enter(|()| ())) && free(self.receive.enter(|_| ()))
     }
 
     /// Runs `work` on the receiving half while no batch runs. At PASSIVE, and not from this channel's packet callbacks.
@@ -147,9 +156,20 @@ impl ReceiveSide {
         self.reader = Some(reader);
     }
 
-    /// Lets go of the ring, and gives back what would have been delivered again.
+    /// Takes both rings, for a driver that uses them itself.
+    pub(super) fn attach_raw(&mut self, reader: Reader, writer: Writer) {
+        self.reader = Some(reader);
+        self.writer = Some(writer);
+    }
+
+    pub(super) fn raw(&mut self) -> Option<(&mut Reader, &mut Writer)> {
+        self.reader.as_mut().zip(self.writer.as_mut())
+    }
+
+    /// Lets go of the rings, and gives back what would have been delivered again.
     pub(super) fn detach(&mut self) -> Option<Box<Content>> {
         self.reader = None;
+        self.writer = None;
         self.deferred.take()
     }
 

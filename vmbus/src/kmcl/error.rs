@@ -192,6 +192,8 @@ pub enum AllocateError {
     },
     /// The heap has no room.
     NoMemory,
+    /// The channel is in raw mode: the library queues nothing, and the driver writes the ring itself.
+    Raw,
 }
 
 impl fmt::Display for AllocateError {
@@ -199,6 +201,7 @@ impl fmt::Display for AllocateError {
         match self {
             Self::TooMany { maximum } => write!(f, "all {maximum} packets are in use"),
             Self::NoMemory => f.write_str("no memory for a packet"),
+            Self::Raw => f.write_str("a channel in raw mode has no packets"),
         }
     }
 }

@@ -164,12 +164,16 @@ impl Channel {
         let downstream_page = config.outgoing_pages + 1;
         let (outgoing, incoming) = Ring::split(&memory, downstream_page)?;
         let reader = Reader::new(incoming.clone());
-        shared.alone(|side| side.attach(reader));
         let writer = Writer::new(outgoing)?;
-        shared
-            .send
-            .lock(&*shared.client.hypervisor)
-            .attach(writer, incoming);
+        if config.callbacks.on_signal.is_some() {
+            shared.alone(|side| side.attach_raw(reader, writer));
+        } else {
+            shared.alone(|side| side.attach(reader));
+            shared
+                .send
+                .lock(&*shared.client.hypervisor)
+                .attach(writer, incoming);
+        }
         // Before the host may interrupt, which can be before it answers.
         shared.set_id(Some((bound.channel, bound.connection)));
         shared.client.install(bound.channel, self);
@@ -308,6 +312,7 @@ impl Channel {
         drop(sending);
         shared.give_up_requests();
         // A batch that runs now sees that; once the receiving half was free no packet is being delivered or will be.
+        shared.signals.wait(|()| ());
         shared.alone(|_| ());
         let announced = {
             let mut lifecycle = shared.lifecycle.lock();

@@ -19,6 +19,7 @@ mod lifecycle;
 mod outgoing;
 mod pipe;
 mod quota;
+mod raw;
 mod request;
 mod sender;
 mod trace;
@@ -36,12 +37,16 @@ pub use incoming::{IncomingPacket, ReceivedPacket};
 pub use outgoing::{
     CompletionFunction, CompletionRoutine, MessageError, OutgoingPacket, SendFlags, UserData,
 };
+pub use raw::{RawError, RawPacket, RawRings};
 pub use request::{Answer, Request, Timeout};
 
 pub use crate::hypervisor::Level;
 pub use crate::ids::{PAGE_SIZE, PageNumber, VpIndex};
 pub use crate::protocol::{Guid, interface};
-pub use crate::ring::{TransferPageRange, TransferPages};
+pub use crate::ring::{
+    Head as PacketHead, Kind as PacketKind, PacketBuffer, RingError, TransferPageRange,
+    TransferPages,
+};
 pub use crate::shared::SharedPages;
 
 pub(crate) use client::{Inner, Serve};

@@ -360,6 +360,9 @@ impl ChannelBuilder {
 impl Shared {
     /// A packet, new or used before.
     pub(super) fn take_packet(&self) -> Result<Box<Body>, AllocateError> {
+        if self.config.callbacks.on_signal.is_some() {
+            return Err(AllocateError::Raw);
+        }
         let hypervisor = &*self.client.hypervisor;
         let maximum = self.config.maximum_packet_count;
         if let Some(body) = self.send.lock(hypervisor).reuse(maximum)? {

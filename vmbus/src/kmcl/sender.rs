@@ -22,7 +22,7 @@ use crate::ring::{
 const ROUND: usize = 8;
 
 /// How often a full ring is looked at whose consumer does not signal room, in units of 100 ns.
-const POLL_INTERVAL: u64 = 10_000;
+pub(super) const POLL_INTERVAL: u64 = 10_000;
 
 /// The most bytes that a packet takes in a ring of any size: KMCL keeps it, footer included, below what the length
 /// field could say (spec kmcl.md 1.9).

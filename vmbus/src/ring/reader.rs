@@ -39,6 +39,22 @@ impl Head {
     pub fn kind(&self) -> Kind {
         self.kind
     }
+
+    /// Whether the sender asked for a completion.
+    pub fn completion_requested(&self) -> bool {
+        self.completion_requested
+    }
+
+    /// The sender's transaction id.
+    pub fn transaction_id(&self) -> u64 {
+        self.transaction_id
+    }
+
+    /// Bytes of data, with the padding to a multiple of 8.
+    pub fn payload_length(&self) -> usize {
+        // The descriptor has been checked: the data begins in the packet.
+        self.rest.saturating_sub(self.extra) as usize
+    }
 }
 
 impl Reader {
@@ -56,6 +72,11 @@ impl Reader {
     /// Bytes of the ring's data area: no packet is longer.
     pub fn ring_size(&self) -> u32 {
         self.ring.size()
+    }
+
+    /// Whether this ring's producer signals room in the other ring: [`Ring::producer_signals_room`].
+    pub fn producer_signals_room(&self) -> Result<bool, RingError> {
+        self.ring.producer_signals_room()
     }
 
     /// The next packet's descriptor, read once and checked; `None` when the ring is empty.

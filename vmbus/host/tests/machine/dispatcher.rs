@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use vmbus::kmcl::{ChannelError, Level, State};
 use vmbus::ring::{Kind, Outgoing, PacketBuffer, RingError};
 
-use crate::support::{Journal, Seen, Shelf, Vm, is_active, number, received};
+use crate::support::{Journal, SECOND, Seen, Shelf, Vm, is_active, number, received};
 
 /// A guest whose test device is open, with its journal. Packets are completed at once.
 macro_rules! open {
@@ -431,6 +431,275 @@ fn the_host_is_told_of_room_that_it_waits_for() {
         signals + 1,
         "once for the whole batch"
     );
+}
+
+#[test]
+fn the_client_context_is_zeroed_for_each_delivery_and_aligned() {
+    let (vm, id) = Vm::with_device();
+    let journal = Journal::default();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let contexts = seen.clone();
+    let builder = journal
+        .builder(move |_, mut packet| {
+            let context = packet.client_context();
+            assert_eq!(context.as_ptr().align_offset(16), 0);
+            contexts.lock().unwrap().push(context.to_vec());
+            context.fill(0xAA);
+            packet.complete(&[]);
+        })
+        .client_context_size(40);
+    let _channel = vm.enable(&builder);
+    vm.send_all(id, 0..3);
+    assert_eq!(*seen.lock().unwrap(), vec![vec![0; 40]; 3]);
+}
+
+#[test]
+fn the_client_context_stays_with_a_packet_that_is_deferred_and_held() {
+    let (vm, id) = Vm::with_device();
+    let journal = Journal::default();
+    let shelf = Shelf::default();
+    let holder = shelf.clone();
+    let builder = journal
+        .builder(move |_, mut packet| {
+            if packet.level() == Level::Dispatch {
+                packet.client_context().copy_from_slice(b"first");
+                packet.defer_to_passive();
+            } else {
+                assert_eq!(packet.client_context(), b"first");
+                packet.client_context().copy_from_slice(b"again");
+                holder.lock().unwrap().push(packet.hold());
+            }
+        })
+        .client_context_size(5);
+    let _channel = vm.enable(&builder);
+    vm.send_all(id, [1]);
+    vm.machine.settle();
+    let mut held = shelf.lock().unwrap().pop().unwrap();
+    assert_eq!(held.client_context(), b"again");
+    held.complete(&[]);
+}
+
+#[test]
+fn without_a_size_there_is_no_client_context() {
+    let (vm, id) = Vm::with_device();
+    let journal = Journal::default();
+    let builder = journal.builder(|_, mut packet| {
+        assert_eq!(packet.client_context(), []);
+        packet.complete(&[]);
+    });
+    let _channel = vm.enable(&builder);
+    vm.send_all(id, [1]);
+    assert_eq!(journal.take_numbers(), [1]);
+}
+
+#[test]
+fn a_failed_packet_is_consumed_without_a_completion_and_delivery_stops_until_the_channel_is_enabled_again()
+ {
+    let (vm, id) = Vm::with_device();
+    let journal = Journal::default();
+    let builder = journal.builder(|_, packet| {
+        if number(packet.payload()) == 2 {
+            packet.fail("nonsense");
+        } else {
+            packet.complete(&[]);
+        }
+    });
+    let channel = vm.enable(&builder);
+    journal.take();
+    vm.host(id, |host| {
+        for n in 1..5u64 {
+            let payload = n.to_le_bytes();
+            let packet = Outgoing::in_band([&payload, &[]]);
+            host.push(&packet.with_completion(n)).unwrap();
+        }
+        host.publish().unwrap();
+    });
+    assert_eq!(journal.take_numbers(), [1, 2], "none after the failed one");
+    assert_eq!(channel.channel().outstanding_packets(), 0);
+    vm.host(id, |host| {
+        let mut packet = PacketBuffer::default();
+        assert!(host.receive(&mut packet).unwrap());
+        assert_eq!(packet.transaction_id(), 1);
+        assert!(!host.receive(&mut packet).unwrap(), "no answer to 2");
+    });
+    vm.machine.settle();
+    assert_eq!(channel.channel().state(), State::Disabled);
+    let failure = Seen::Failure(ChannelError::Packet("nonsense"));
+    assert_eq!(journal.take(), [Seen::Suspend, Seen::Closed, failure]);
+
+    let again = vm.enable(&builder);
+    assert!(is_active(&again));
+    vm.send_all(id, [7]);
+    assert_eq!(journal.take_numbers(), [7]);
+}
+
+/// A channel that is being suspended because of a packet that its driver holds, and a request of its own.
+fn suspending(
+    journal: &Journal,
+) -> (
+    Vm,
+    vmbus::ids::ChannelId,
+    vmbus::kmcl::EnabledChannel,
+    Shelf,
+    u64,
+) {
+    let (vm, id) = Vm::with_device();
+    let shelf = Shelf::default();
+    let holder = shelf.clone();
+    let builder = journal.builder(move |_, packet| holder.lock().unwrap().push(packet.hold()));
+    let channel = vm.enable(&builder);
+    vm.send_all(id, [1]);
+    let mut packet = channel.channel().allocate_packet().unwrap();
+    let note = journal.clone();
+    packet.set_completion_routine(Arc::new(move |_, answer| {
+        note.note(Seen::Packet(
+            answer.unwrap_or_default().to_vec(),
+            Level::Passive,
+        ));
+    }));
+    packet.send_transaction(b"question").unwrap();
+    let transaction = vm.host(id, received)[0].0.unwrap();
+    journal.take();
+    channel.disable();
+    vm.machine.settle();
+    assert_eq!(channel.channel().state(), State::Suspending);
+    assert_eq!(journal.take(), [Seen::Suspend]);
+    (vm, id, channel, shelf, transaction)
+}
+
+#[test]
+fn completions_are_still_taken_while_the_channel_is_suspending() {
+    let journal = Journal::default();
+    let (vm, id, channel, shelf, transaction) = suspending(&journal);
+    vm.host(id, |host| {
+        host.send(&Outgoing::completion(transaction, b"the end!"))
+            .unwrap();
+    });
+    vm.machine.settle();
+    let answer = Seen::Packet(b"the end!".to_vec(), Level::Passive);
+    assert_eq!(journal.take(), [answer]);
+    shelf.lock().unwrap().pop().unwrap().complete(&[]);
+    vm.machine.settle();
+    assert_eq!(channel.channel().state(), State::Disabled);
+    vm.assert_well_behaved();
+}
+
+#[test]
+fn a_data_packet_stays_in_the_ring_while_the_channel_is_suspending_and_so_does_what_follows_it() {
+    let journal = Journal::default();
+    let (vm, id, channel, shelf, transaction) = suspending(&journal);
+    vm.send_all(id, [2]);
+    vm.host(id, |host| {
+        host.send(&Outgoing::completion(transaction, b"the end!"))
+            .unwrap();
+    });
+    vm.machine.interrupt(id);
+    vm.machine.settle();
+    assert_eq!(journal.take(), []);
+    shelf.lock().unwrap().pop().unwrap().complete(&[]);
+    vm.machine.settle();
+    assert_eq!(channel.channel().state(), State::Disabled);
+    let nothing = Seen::Packet(vec![], Level::Passive);
+    assert_eq!(
+        journal.take(),
+        [Seen::Closed, nothing],
+        "the request has failed"
+    );
+}
+
+/// Whose packets take a millisecond each.
+fn slow(
+    percent: Option<u8>,
+) -> (
+    Arc<Vm>,
+    vmbus::ids::ChannelId,
+    Journal,
+    vmbus::kmcl::EnabledChannel,
+) {
+    let (vm, id) = Vm::with_device();
+    let vm = Arc::new(vm);
+    let journal = Journal::default();
+    let clock = Arc::downgrade(&vm);
+    let mut builder = journal.builder(move |_, packet| {
+        clock.upgrade().unwrap().machine.pass(SECOND / 1000);
+        packet.complete(&[]);
+    });
+    if let Some(percent) = percent {
+        builder = builder.allowable_dpc_cpu_usage(percent);
+    }
+    let channel = vm.enable(&builder);
+    vm.machine.advance(SECOND);
+    journal.take();
+    (vm, id, journal, channel)
+}
+
+fn levels(journal: &Journal) -> Vec<Level> {
+    journal
+        .take()
+        .into_iter()
+        .filter_map(|seen| match seen {
+            Seen::Packet(_, level) => Some(level),
+            _ => None,
+        })
+        .collect()
+}
+
+#[test]
+fn processing_yields_to_passive_when_its_share_of_the_time_is_spent() {
+    let (vm, id, journal, channel) = slow(Some(50));
+    vm.send_all(id, 0..30);
+    // The clock is read every eight packets: 8 ms of a window of 10 ms are more than its half.
+    assert_eq!(levels(&journal), [Level::Dispatch; 8]);
+    vm.machine.settle();
+    assert_eq!(levels(&journal), [Level::Passive; 22]);
+    assert_eq!(channel.channel().counters().cpu_budget_stops, 1);
+    assert_eq!(channel.channel().counters().budget_stops, 0);
+
+    vm.machine.advance(SECOND);
+    vm.send_all(id, [30]);
+    assert_eq!(levels(&journal), [Level::Dispatch], "another window");
+}
+
+#[test]
+fn an_interrupt_in_a_window_that_is_spent_is_served_at_passive() {
+    let (vm, id, journal, channel) = slow(Some(10));
+    vm.send_all(id, [1]);
+    assert_eq!(levels(&journal), [Level::Dispatch]);
+    vm.send_all(id, [2]);
+    assert_eq!(levels(&journal), []);
+    vm.machine.settle();
+    assert_eq!(levels(&journal), [Level::Passive]);
+    assert_eq!(channel.channel().counters().cpu_budget_stops, 1);
+}
+
+#[test]
+fn without_a_share_processing_goes_on_at_dispatch() {
+    let (vm, id, journal, channel) = slow(None);
+    vm.send_all(id, 0..30);
+    assert_eq!(levels(&journal), [Level::Dispatch; 30]);
+    channel.channel().set_allowable_dpc_cpu_usage(50);
+    vm.send_all(id, 0..30);
+    assert_eq!(
+        levels(&journal),
+        [Level::Dispatch; 8],
+        "from the next batch on"
+    );
+}
+
+#[test]
+fn a_share_of_more_than_everything_or_of_nothing_is_refused() {
+    let (vm, _) = Vm::with_device();
+    let builder = Journal::default().builder(|_, packet| packet.complete(&[]));
+    for percent in [0, 101] {
+        assert_eq!(
+            builder
+                .clone()
+                .allowable_dpc_cpu_usage(percent)
+                .enable(vm.vmbus.client())
+                .err(),
+            Some(vmbus::kmcl::ConfigError::CpuUsage(percent))
+        );
+    }
 }
 
 mod a_hostile_host {

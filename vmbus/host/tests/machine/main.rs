@@ -6,6 +6,7 @@ mod balloon;
 mod dispatcher;
 mod hosts;
 mod lifecycle;
+mod raw;
 mod sending;
 mod simulation;
 mod support;
