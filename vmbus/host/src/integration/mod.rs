@@ -164,6 +164,8 @@ pub struct Service<C> {
     abandoned: Vec<u8>,
     transaction: u8,
     output: VecDeque<Vec<u8>>,
+    /// There was no room for the first of them.
+    stuck: bool,
     negotiations: u64,
     raw_sent: bool,
     raw_answers: Vec<Vec<u8>>,
@@ -183,6 +185,7 @@ impl<C: Component> Service<C> {
             abandoned: Vec::new(),
             transaction: 0,
             output: VecDeque::new(),
+            stuck: false,
             negotiations: 0,
             raw_sent: false,
             raw_answers: Vec::new(),
@@ -253,11 +256,15 @@ impl<C: Component> Service<C> {
         self.awaited = None;
         self.abandoned.clear();
         self.output.clear();
+        self.stuck = false;
     }
 
     /// When [`poll_message`](Self::poll_message) has something to say.
     pub fn deadline(&self) -> Option<u64> {
         match (self.stage, &self.awaited) {
+            // Not before the guest has read something.
+            _ if self.stuck => None,
+            _ if !self.output.is_empty() => Some(0),
             (Stage::Ready { .. }, None) => self.component.deadline(),
             _ => None,
         }
@@ -265,6 +272,7 @@ impl<C: Component> Service<C> {
 
     /// The next message for the guest.
     pub fn poll_message(&mut self, now: u64) -> Option<Vec<u8>> {
+        self.stuck = false;
         if self.output.is_empty()
             && self.awaited.is_none()
             && let Stage::Ready { framework, message } = self.stage
@@ -277,6 +285,7 @@ impl<C: Component> Service<C> {
 
     /// Puts back a message for which there was no room.
     pub fn unsent(&mut self, message: Vec<u8>) {
+        self.stuck = true;
         self.output.push_front(message);
     }
 
@@ -487,8 +496,8 @@ impl<C: Component> Provider for Shared<C> {
     }
 }
 
-/// Offers a component on a machine. After a change made from outside (a request, a re-negotiation), have the machine
-/// [`wake_provider`](Machine::wake_provider). `None` when no channel number is free.
+/// Offers a component on a machine. What is asked of the service from outside goes to the guest when the machine next
+/// settles. `None` when no channel number is free.
 pub fn offer<C: Component>(
     machine: &Machine,
     host: Host,

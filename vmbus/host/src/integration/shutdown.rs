@@ -105,7 +105,7 @@ impl Component for Shutdown {
     }
 
     fn deadline(&self) -> Option<u64> {
-        None
+        self.wanted.as_ref().map(|_| 0)
     }
 
     fn stopped(&mut self) {

@@ -138,7 +138,11 @@ impl Component for TimeSync {
     }
 
     fn deadline(&self) -> Option<u64> {
-        self.next
+        if self.scripted.is_empty() {
+            self.next
+        } else {
+            Some(0)
+        }
     }
 
     fn stopped(&mut self) {

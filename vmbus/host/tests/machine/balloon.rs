@@ -517,3 +517,22 @@ fn random_targets_never_lose_a_page() {
         assert!(setup.ram.free() >= RESERVE);
     }
 }
+
+#[test]
+fn a_device_that_comes_back_is_served_again_with_the_pages_that_the_host_had() {
+    let mut setup = Setup::ready(Ram::new(256 * MIB));
+    setup.target(200 * MIB);
+    assert_eq!(setup.balloon.status().ballooned_pages, 56 * MIB);
+    assert!(setup.vm.machine.rescind(setup.id));
+    setup.run(0);
+    assert_eq!(setup.balloon.status().phase, Phase::Closed);
+    assert!(setup.balloon.channel().attend(|_| false));
+    let (id, provider) = offer(&setup.vm, setup.ram.total);
+    (setup.id, setup.provider) = (id, provider);
+    setup.run(POST_INIT_WAIT);
+    let status = setup.balloon.status();
+    assert_eq!(status.phase, Phase::Ready);
+    assert_eq!(status.ballooned_pages, 56 * MIB);
+    assert_eq!(setup.provider.lock().state(), State::Idle);
+    setup.vm.assert_well_behaved();
+}

@@ -5,6 +5,7 @@
 mod balloon;
 mod dispatcher;
 mod hosts;
+mod integration;
 mod lifecycle;
 mod raw;
 mod sending;
