@@ -1,6 +1,7 @@
 //! `Vmbus`: the whole stack put together, as a kernel uses it.
 
 use alloc::boxed::Box;
+use alloc::string::String;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::fmt;
@@ -90,14 +91,14 @@ pub struct OfferInfo {
     /// What the host said.
     pub offer: Offer,
     /// The friendly name of the channel that is bound to it.
-    pub driver: Option<&'static str>,
+    pub driver: Option<String>,
 }
 
 /// One enabled channel.
 #[derive(Clone, Debug)]
 pub struct ChannelInfo {
     /// The friendly name.
-    pub name: &'static str,
+    pub name: String,
     /// The offer it is bound to.
     pub channel: Option<ChannelId>,
     /// Where it stands.
@@ -264,7 +265,7 @@ impl Vmbus {
         let channels: Vec<ChannelInfo> = channels
             .iter()
             .map(|channel| ChannelInfo {
-                name: channel.friendly_name(),
+                name: channel.friendly_name().into(),
                 channel: channel.bound_to(),
                 state: channel.state(),
                 counters: channel.counters(),
@@ -278,7 +279,7 @@ impl Vmbus {
                 driver: channels
                     .iter()
                     .find(|info| info.channel == Some(offer.channel))
-                    .map(|info| info.name),
+                    .map(|info| info.name.clone()),
             })
             .collect();
         let violations = bus.violations();
@@ -416,18 +417,14 @@ impl Vmbus {
                 }
             }
             Event::GpadlCreated { handle, result } => {
-                if let Some(channel) = self.find(|channel| channel.has_gpadl(handle)) {
-                    channel.on_gpadl_created(bus, result);
-                }
+                self.find(|channel| channel.on_gpadl_created(handle, result));
             }
             Event::GpadlTornDown(handle) => {
-                if let Some(channel) = self.find(|channel| channel.has_gpadl(handle)) {
-                    channel.on_gpadl_torn_down(bus);
-                }
+                self.find(|channel| channel.on_gpadl_torn_down(handle));
             }
             Event::Opened { channel, result } => {
                 if let Some(bound) = self.find(|bound| bound.bound_to() == Some(channel)) {
-                    bound.on_opened(bus, result);
+                    bound.on_opened(result);
                 }
             }
             // Nobody moves channels to other VPs yet.
@@ -444,19 +441,19 @@ impl Vmbus {
     /// Ends channels after the connection has gone.
     fn disconnected(&self, acknowledged: bool, ends: impl Fn(&Channel) -> bool) {
         for channel in self.channels().iter().filter(|channel| ends(channel)) {
-            channel.on_disconnected(&self.bus, acknowledged);
+            channel.on_disconnected(acknowledged);
         }
         if acknowledged {
-            self.inner().kept.lock().clear();
-            self.inner().kept_lent.lock().clear();
+            self.inner().release_kept();
         }
     }
 
     fn step_channels(&self) -> bool {
-        if self.unload_requested.swap(false, Ordering::SeqCst) {
-            for channel in self.channels() {
-                channel.prepare_unload(&self.bus);
-            }
+        let unload = self.unload_requested.load(Ordering::SeqCst);
+        // All, also when one is not ready: the others need not wait for it.
+        let leave = |ready: bool, channel: &Channel| channel.prepare_unload(&self.bus) && ready;
+        if unload && self.channels().iter().fold(true, leave) {
+            self.unload_requested.store(false, Ordering::SeqCst);
             let now = self.hypervisor().reference_time();
             self.bus.lock().unload(now);
             return true;

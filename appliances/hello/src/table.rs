@@ -86,7 +86,7 @@ fn show_bus(machine: &Machine) {
     for info in &snapshot.offers {
         let offer = &info.offer;
         let name = offer.interface_name().unwrap_or("unknown device");
-        let driver = info.driver.unwrap_or("no driver");
+        let driver = info.driver.as_deref().unwrap_or("no driver");
         row(
             "offer",
             format_args!("{:>4} {name}: {driver}", offer.channel),

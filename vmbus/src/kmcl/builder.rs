@@ -1,9 +1,11 @@
 //! A channel in the Disabled state: everything that can be configured.
 
+use alloc::borrow::Cow;
 use alloc::sync::Arc;
 use core::fmt;
+use core::num::NonZeroU16;
 
-use super::channel::{Channel, EnabledChannel};
+use super::channel::{Channel, DisabledChannel, EnabledChannel, Shared};
 use super::raw::OnSignal;
 use super::{ChannelError, Client, ReceivedPacket, Refused, pipe};
 use crate::ids::{PAGE_SIZE, VpIndex};
@@ -25,16 +27,14 @@ pub(super) type Failure = dyn Fn(&Channel, ChannelError) + Send + Sync;
 pub struct ChannelBuilder {
     pub(super) interface: Guid,
     pub(super) instance: Option<Guid>,
-    pub(super) friendly_name: &'static str,
-    pub(super) incoming_pages: usize,
-    pub(super) outgoing_pages: usize,
+    pub(super) primary: Option<(Channel, NonZeroU16)>,
+    pub(super) friendly_name: Cow<'static, str>,
+    ring_pages: Option<(usize, usize)>,
     pub(super) maximum_packet_size: usize,
     pub(super) maximum_packet_count: usize,
     /// Bytes and ranges.
     pub(super) maximum_external: Option<(usize, usize)>,
     pub(super) inline_packet_context_size: usize,
-    /// Whether the page counts are the driver's wish.
-    pub(super) rings_are_sized: bool,
     pub(super) transaction_quota: u32,
     pub(super) client_context_size: usize,
     pub(super) dpc_cpu_usage: Option<u8>,
@@ -43,7 +43,50 @@ pub struct ChannelBuilder {
     pub(super) user_data: [u8; 120],
     pub(super) pipe: bool,
     pub(super) passive: bool,
+    pub(super) start_paused: bool,
     pub(super) callbacks: Callbacks,
+}
+
+/// A driver as the context of its callbacks: the form of KMCL's `Ex` callbacks.
+///
+/// Every method has the meaning of the builder's setter of that name; see there for levels and order. The driver is
+/// kept for as long as the channel, so one that keeps the channel in turn lives as long as the machine.
+pub trait ChannelDriver: Send + Sync + 'static {
+    /// See [`ChannelBuilder::opened`].
+    ///
+    /// # Errors
+    ///
+    /// The driver's reason not to use the channel.
+    fn opened(&self, channel: &Channel) -> Result<(), Refused> {
+        let _ = channel;
+        Ok(())
+    }
+    /// See [`ChannelBuilder::started`].
+    fn started(&self, channel: &Channel) {
+        let _ = channel;
+    }
+    /// See [`ChannelBuilder::post_started`].
+    fn post_started(&self, channel: &Channel) {
+        let _ = channel;
+    }
+    /// See [`ChannelBuilder::suspend`].
+    fn suspend(&self, channel: &Channel) {
+        let _ = channel;
+    }
+    /// See [`ChannelBuilder::closed`].
+    fn closed(&self, channel: &Channel) {
+        let _ = channel;
+    }
+    /// See [`ChannelBuilder::failure`].
+    fn failure(&self, channel: &Channel, error: ChannelError) {
+        let _ = (channel, error);
+    }
+    /// See [`ChannelBuilder::process_packet_callbacks`].
+    fn process_packet(&self, channel: &Channel, packet: ReceivedPacket<'_>);
+    /// See [`ChannelBuilder::process_packet_callbacks`].
+    fn processing_complete(&self, channel: &Channel, packets: u32) {
+        let _ = (channel, packets);
+    }
 }
 
 /// What the driver wants to be told.
@@ -79,6 +122,8 @@ pub enum ConfigError {
         /// The most that a packet may take in the ring.
         limit: usize,
     },
+    /// The primary channel of this sub-channel is not open.
+    PrimaryNotOpen,
     /// A ring of more pages than one GPADL can describe.
     RingTooLarge {
         /// Pages of both rings.
@@ -105,6 +150,7 @@ impl fmt::Display for ConfigError {
                     "a packet may take {need} bytes, and the ring takes {limit}"
                 )
             }
+            Self::PrimaryNotOpen => f.write_str("the primary channel is not open"),
             Self::RingTooLarge { pages } => {
                 write!(f, "one GPADL cannot describe rings of {pages} pages")
             }
@@ -121,14 +167,16 @@ impl ChannelBuilder {
         Self {
             interface,
             instance: None,
-            friendly_name: crate::protocol::interface::name(&interface).unwrap_or("channel"),
-            incoming_pages: 4,
-            outgoing_pages: 4,
+            friendly_name: crate::protocol::interface::name(&interface)
+                .unwrap_or("channel")
+                .into(),
+            primary: None,
+            start_paused: false,
+            ring_pages: None,
             maximum_packet_size: 1024,
             maximum_packet_count: 64,
             maximum_external: None,
             inline_packet_context_size: 0,
-            rings_are_sized: false,
             transaction_quota: 64,
             client_context_size: 0,
             dpc_cpu_usage: None,
@@ -147,33 +195,36 @@ impl ChannelBuilder {
         self
     }
 
+    /// Makes this the sub-channel `index` of an open channel: its offer has the same interface and instance. It can be
+    /// enabled while that channel is open, is disabled when that one closes, and pauses and resumes with it.
+    pub fn sub_channel_of(mut self, primary: &Channel, index: NonZeroU16) -> Self {
+        self.primary = Some((primary.clone(), index));
+        self
+    }
+
+    /// Has the channel Paused when it opens: nothing flows before [`Channel::start`].
+    pub fn start_paused(mut self) -> Self {
+        self.start_paused = true;
+        self
+    }
+
     /// The name for logs and counters. Short ones are best: "network", "SCSI".
-    pub fn friendly_name(mut self, name: &'static str) -> Self {
-        self.friendly_name = name;
+    pub fn friendly_name(mut self, name: impl Into<Cow<'static, str>>) -> Self {
+        self.friendly_name = name.into();
         self
     }
 
     /// Data pages of the rings, without their control pages. Without this call they have room for several of the largest
     /// packets that the maxima allow, and at least 4 pages.
     pub fn ring_pages(mut self, incoming: usize, outgoing: usize) -> Self {
-        (self.incoming_pages, self.outgoing_pages) = (incoming, outgoing);
-        self.rings_are_sized = true;
-        self
-    }
-
-    /// Sizes the rings after the maxima, unless the driver did.
-    fn size_rings(mut self) -> Self {
-        if !self.rings_are_sized {
-            let pages = self.default_ring_pages();
-            (self.incoming_pages, self.outgoing_pages) = (pages, pages);
-        }
+        self.ring_pages = Some((incoming, outgoing));
         self
     }
 
     /// The most bytes of data in one sent packet.
     pub fn maximum_packet_size(mut self, bytes: usize) -> Self {
         self.maximum_packet_size = bytes;
-        self.size_rings()
+        self
     }
 
     /// The most packets to send that exist at one time.
@@ -185,7 +236,7 @@ impl ChannelBuilder {
     /// The most external data of one packet: bytes in all, and ranges. Without this call there is none.
     pub fn maximum_external_data(mut self, bytes: usize, ranges: usize) -> Self {
         self.maximum_external = Some((bytes, ranges));
-        self.size_rings()
+        self
     }
 
     /// Bytes of context that the driver has in each packet to send.
@@ -235,7 +286,7 @@ impl ChannelBuilder {
     /// Messages have a pipe header; no transactions, no external data.
     pub fn pipe(mut self) -> Self {
         self.pipe = true;
-        self.size_rings()
+        self
     }
 
     /// Packets are delivered at PASSIVE only. Can be changed later.
@@ -272,6 +323,16 @@ impl ChannelBuilder {
         on_signal: impl Fn(&Channel) + Send + Sync + 'static,
     ) -> Self {
         self.callbacks.on_signal = Some(Arc::new(on_signal));
+        self
+    }
+
+    /// [`process_packet_callbacks`](Self::process_packet_callbacks) without the second one.
+    pub fn process_packet(
+        mut self,
+        process_packet: impl Fn(&Channel, ReceivedPacket<'_>) + Send + Sync + 'static,
+    ) -> Self {
+        self.callbacks.process_packet = Some(Arc::new(process_packet));
+        self.callbacks.processing_complete = None;
         self
     }
 
@@ -319,16 +380,75 @@ impl ChannelBuilder {
         self
     }
 
-    /// Enables the channel: opens a matching offer, now or when it comes. Returns at once; called at PASSIVE.
-    pub fn enable(&self, client: &Client) -> Result<EnabledChannel, ConfigError> {
+    /// Sets all callbacks at once, with the driver as their context.
+    pub fn driver(mut self, driver: Arc<impl ChannelDriver>) -> Self {
+        macro_rules! callback {
+            ($name:ident($($argument:ident),*)) => {{
+                let driver = driver.clone();
+                Some(Arc::new(move |channel: &Channel $(, $argument)*| {
+                    driver.$name(channel $(, $argument)*)
+                }))
+            }};
+        }
+        self.callbacks = Callbacks {
+            on_signal: None,
+            opened: callback!(opened()),
+            started: callback!(started()),
+            post_started: callback!(post_started()),
+            suspend: callback!(suspend()),
+            closed: callback!(closed()),
+            failure: callback!(failure(error)),
+            processing_complete: callback!(processing_complete(packets)),
+            process_packet: {
+                let driver = driver.clone();
+                Some(Arc::new(
+                    move |channel: &Channel, packet: ReceivedPacket<'_>| {
+                        driver.process_packet(channel, packet);
+                    },
+                ))
+            },
+        };
+        self
+    }
+
+    /// Makes the channel, in the Disabled state. At PASSIVE.
+    ///
+    /// # Errors
+    ///
+    /// Whatever of the configuration cannot work.
+    pub fn build(&self, client: &Client) -> Result<DisabledChannel, ConfigError> {
         self.check()?;
-        Ok(client.enable(self))
+        Ok(DisabledChannel::new(Shared::new(
+            client.inner().clone(),
+            self.clone(),
+        )))
+    }
+
+    /// Makes the channel and enables it: opens a matching offer, now or when it comes. Returns at once; called at PASSIVE.
+    ///
+    /// # Errors
+    ///
+    /// As [`build`](Self::build), and [`ConfigError::PrimaryNotOpen`].
+    pub fn enable(&self, client: &Client) -> Result<EnabledChannel, ConfigError> {
+        self.build(client)?.enable().map_err(|error| error.reason)
+    }
+
+    /// Data pages of the incoming ring.
+    pub(super) fn incoming_pages(&self) -> usize {
+        self.ring_pages
+            .map_or_else(|| self.default_ring_pages(), |(incoming, _)| incoming)
+    }
+
+    /// Data pages of the outgoing ring.
+    pub(super) fn outgoing_pages(&self) -> usize {
+        self.ring_pages
+            .map_or_else(|| self.default_ring_pages(), |(_, outgoing)| outgoing)
     }
 
     fn check(&self) -> Result<(), ConfigError> {
         for (value, what) in [
-            (self.incoming_pages, "incoming ring page count"),
-            (self.outgoing_pages, "outgoing ring page count"),
+            (self.incoming_pages(), "incoming ring page count"),
+            (self.outgoing_pages(), "outgoing ring page count"),
             (self.maximum_packet_size, "maximum packet size"),
             (self.maximum_packet_count, "maximum packet count"),
             (self.transaction_quota as usize, "transaction quota"),
@@ -362,13 +482,13 @@ impl ChannelBuilder {
         }
         // One GPADL of one range describes both rings.
         let pages = self
-            .incoming_pages
-            .saturating_add(self.outgoing_pages)
+            .incoming_pages()
+            .saturating_add(self.outgoing_pages())
             .saturating_add(2);
         if pages > crate::bus::MAX_PAGES {
             return Err(ConfigError::RingTooLarge { pages });
         }
-        let limit = largest_packet(self.outgoing_pages * PAGE_SIZE) as usize;
+        let limit = largest_packet(self.outgoing_pages() * PAGE_SIZE) as usize;
         let need = self.largest_packet();
         if need > limit {
             return Err(ConfigError::RingTooSmall { need, limit });

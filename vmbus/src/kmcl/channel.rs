@@ -1,37 +1,92 @@
-//! An enabled channel: what driver, interrupt handler and work queue share of it.
+//! A channel: what driver, interrupt handler and work queue share of it, and who owns it.
 
 use alloc::sync::Arc;
 use core::fmt;
+use core::future::Future;
+use core::pin::Pin;
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use core::task::{Context, Poll};
 
 use spin::Mutex;
 
-use super::builder::ChannelBuilder;
+use super::builder::{ChannelBuilder, ConfigError};
 use super::client::{Client, Inner};
 use super::counters::{Counters, Live};
 use super::dispatcher::{AtomicDelivery, Delivery, ReceiveSide};
 use super::error::ChannelError;
+use super::gpadl::Gpadls;
 use super::incoming::Pool;
 use super::lifecycle::Lifecycle;
 use super::quota::Quota;
 use super::request::Runner;
-use super::sender::SendSide;
-use crate::ids::{ChannelId, ConnectionId};
+use super::sender::{Gate, SendSide};
+use crate::ids::{ChannelId, ConnectionId, VpIndex};
 use crate::protocol::Guid;
 use crate::ring::Signal;
 use crate::sync::DispatchLock;
 use crate::turn::Turn;
 
-/// A handle to an enabled channel, as callbacks get it. Clones name the same channel.
+/// A handle to a channel, as callbacks get it. Clones name the same channel.
 ///
 /// Everything here may be called at DISPATCH and at PASSIVE unless it says otherwise.
 #[derive(Clone)]
 pub struct Channel(Arc<Shared>);
 
+/// The owner of a channel that is Disabled: made and not enabled, or ended. Nothing of it is known to the host.
+pub struct DisabledChannel {
+    channel: Channel,
+}
+
 /// The owner of an enabled channel. Dropping it disables the channel in the background.
 #[must_use = "dropping it disables the channel"]
 pub struct EnabledChannel {
     channel: Channel,
+}
+
+/// A channel that could not be enabled, and why.
+#[derive(Debug)]
+pub struct EnableError {
+    /// The channel, as it was before the call.
+    pub channel: DisabledChannel,
+    /// What is in the way.
+    pub reason: ConfigError,
+}
+
+impl fmt::Display for EnableError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.reason.fmt(f)
+    }
+}
+
+impl core::error::Error for EnableError {}
+
+/// Why a call was refused that moves a channel from state to state, or needs one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StateError {
+    /// A callback of this very channel called: it would wait for itself (spec kmcl.md 6.1, 18).
+    InCallback,
+    /// The channel is not in a state in which this can be done.
+    NotNow(State),
+}
+
+impl fmt::Display for StateError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::InCallback => f.write_str("a callback of the channel itself cannot do this"),
+            Self::NotNow(state) => write!(f, "the channel is {state}"),
+        }
+    }
+}
+
+impl core::error::Error for StateError {}
+
+/// Address space for the registers of a device, in guest physical memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MmioSpace {
+    /// Where it begins.
+    pub address: u64,
+    /// Its length in bytes.
+    pub length: u64,
 }
 
 /// Where a channel stands (spec kmcl.md, chapter 2).
@@ -45,6 +100,8 @@ pub enum State {
     Opening,
     /// Packets flow.
     Active,
+    /// Open, and nothing flows until the driver starts it.
+    Paused,
     /// The suspend callback runs, or the driver has yet to complete packets.
     Suspending,
     /// The closed callback runs, or the host has yet to let go of the rings.
@@ -52,11 +109,12 @@ pub enum State {
 }
 
 impl State {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Disabled,
         Self::Enabled,
         Self::Opening,
         Self::Active,
+        Self::Paused,
         Self::Suspending,
         Self::Closing,
     ];
@@ -69,6 +127,7 @@ impl fmt::Display for State {
             Self::Enabled => "enabled",
             Self::Opening => "opening",
             Self::Active => "active",
+            Self::Paused => "paused",
             Self::Suspending => "suspending",
             Self::Closing => "closing",
         })
@@ -99,8 +158,8 @@ pub(crate) struct Shared {
     pub(super) poll_at: AtomicU64,
     /// When the time of a request is over, the earliest first; reference time. May name one that has ended.
     pub(super) request_at: AtomicU64,
-    /// Who runs the opened and started callbacks, while the state is Opening.
-    pub(super) opener: Runner,
+    /// Who runs a state-change callback.
+    pub(super) caller: Runner,
     /// Who runs a batch at PASSIVE.
     pub(super) batch_runner: Runner,
 
@@ -110,9 +169,18 @@ pub(crate) struct Shared {
 
     state: AtomicU8,
     pub(super) disable_requested: AtomicBool,
+    pub(super) pause_requested: AtomicBool,
+    /// The host has taken the offer back.
+    pub(super) rescinded: AtomicBool,
+    /// A step was to be made while a callback ran.
+    pub(super) skipped: AtomicBool,
+    /// The channel is on its way to Disabled, and its sub-channels with it.
+    pub(super) closing: AtomicBool,
     pub(super) failed: DispatchLock<Option<ChannelError>>,
     /// Opening and closing: PASSIVE only.
     pub(super) lifecycle: Mutex<Lifecycle>,
+    /// The GPADLs of the driver.
+    pub(super) gpadls: Gpadls,
 }
 
 impl Shared {
@@ -137,14 +205,19 @@ impl Shared {
             send: DispatchLock::new(SendSide::new(packets, buffers)),
             poll_at: AtomicU64::new(u64::MAX),
             request_at: AtomicU64::new(u64::MAX),
-            opener: Runner::default(),
+            caller: Runner::default(),
             batch_runner: Runner::default(),
             id: AtomicU32::new(0),
             connection: AtomicU32::new(0),
-            state: AtomicU8::new(State::Enabled as u8),
+            state: AtomicU8::new(State::Disabled as u8),
             disable_requested: AtomicBool::new(false),
+            pause_requested: AtomicBool::new(config.start_paused),
+            rescinded: AtomicBool::new(false),
+            skipped: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             failed: DispatchLock::new(None),
             lifecycle: Mutex::new(Lifecycle::default()),
+            gpadls: Gpadls::default(),
             client,
             config,
         }
@@ -172,11 +245,69 @@ impl Shared {
     }
 
     pub(super) fn set_state(&self, state: State) {
-        if state == State::Opening {
-            self.opener.set(Some(self.client.hypervisor.current_vp()));
-        }
         self.state.store(state as u8, Ordering::Release);
         self.client.notify();
+        // A sub-channel follows its primary channel, and the other way round.
+        self.client.request_attention();
+    }
+
+    pub(super) fn set_gate(&self, gate: Gate) {
+        self.send.lock(&*self.client.hypervisor).gate = gate;
+    }
+
+    /// Lets no packet be sent any more, for this reason.
+    pub(super) fn stop_sending(&self, gate: Gate, reason: ChannelError) {
+        self.send.lock(&*self.client.hypervisor).close(gate, reason);
+    }
+
+    /// Forgets what was wanted of the channel when it was last enabled.
+    pub(super) fn forget_wishes(&self) {
+        self.disable_requested.store(false, Ordering::SeqCst);
+        self.rescinded.store(false, Ordering::SeqCst);
+        self.closing.store(false, Ordering::SeqCst);
+        *self.failed.lock(&*self.client.hypervisor) = None;
+    }
+
+    /// Why the channel has to end, if it has to.
+    pub(super) fn reason_to_end(&self) -> Option<ChannelError> {
+        if self.rescinded.load(Ordering::SeqCst) {
+            Some(ChannelError::Rescinded)
+        } else if self.disable_requested.load(Ordering::SeqCst) {
+            Some(ChannelError::Disabled)
+        } else if self.primary().is_some_and(Self::is_ending) {
+            Some(ChannelError::PrimaryClosed)
+        } else {
+            *self.failed.lock(&*self.client.hypervisor)
+        }
+    }
+
+    /// Whether the channel has ended or is about to: nothing that waits for the host will be answered.
+    pub(super) fn is_ending(&self) -> bool {
+        self.closing.load(Ordering::SeqCst) || self.state() == State::Disabled
+    }
+
+    /// Whether the driver wants nothing to flow: of this channel or of its primary one.
+    pub(super) fn pause_wanted(&self) -> bool {
+        let primary = |primary: &Self| {
+            matches!(primary.state(), State::Suspending | State::Paused) || primary.pause_wanted()
+        };
+        self.pause_requested.load(Ordering::SeqCst) || self.primary().is_some_and(primary)
+    }
+
+    /// Asks for the step that could not be made while a callback ran.
+    pub(super) fn catch_up(&self) {
+        if self.skipped.swap(false, Ordering::SeqCst) {
+            self.client.request_attention();
+        }
+    }
+
+    fn primary(&self) -> Option<&Self> {
+        let (primary, _) = self.config.primary.as_ref()?;
+        Some(primary.shared())
+    }
+
+    fn this_vp(&self) -> VpIndex {
+        self.client.hypervisor.current_vp()
     }
 
     /// Has the dispatcher run for this channel at PASSIVE.
@@ -226,14 +357,34 @@ impl Channel {
         &self.0
     }
 
+    /// Whether both are the same channel.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Runs a state-change callback.
+    pub(super) fn call<R>(&self, callback: impl FnOnce(&Self) -> R) -> R {
+        self.0.caller.during(self.0.this_vp(), || callback(self))
+    }
+
+    /// Whether a state-change callback of the channel called this code, or its process-packet callback at PASSIVE.
+    pub(super) fn is_in_callback(&self) -> bool {
+        self.0.caller.is(self.0.this_vp()) || self.is_processing_below()
+    }
+
+    /// Whether a batch of the channel at PASSIVE called this code.
+    pub(super) fn is_processing_below(&self) -> bool {
+        self.0.batch_runner.is(self.0.this_vp())
+    }
+
     /// Where the channel stands.
     pub fn state(&self) -> State {
         self.0.state()
     }
 
     /// The name for logs and counters.
-    pub fn friendly_name(&self) -> &'static str {
-        self.0.config.friendly_name
+    pub fn friendly_name(&self) -> &str {
+        &self.0.config.friendly_name
     }
 
     /// The counters.
@@ -244,6 +395,54 @@ impl Channel {
     /// The instance GUID of the device, while the channel is bound to one. At PASSIVE.
     pub fn interface_instance(&self) -> Option<Guid> {
         self.0.lifecycle.lock().instance()
+    }
+
+    /// Address space for the registers of the device, if its offer asks for some and the machine has it. Only while the
+    /// channel is open. At PASSIVE.
+    pub fn mmio_space(&self) -> Option<MmioSpace> {
+        let (instance, megabytes) = self.0.lifecycle.lock().mmio()?;
+        if megabytes == 0 {
+            return None;
+        }
+        let length = u64::from(megabytes) << 20;
+        let address = self.0.client.hypervisor.mmio_space(instance, length)?;
+        Some(MmioSpace { address, length })
+    }
+
+    /// Lets nothing flow any more: the suspend callback runs, and when the driver has completed every packet that it
+    /// holds, the channel is Paused and the result is ready. Sub-channels pause with their primary
+    /// channel. Packets that the host has yet to answer are still answered.
+    ///
+    /// A channel that is not open yet will be Paused when it is; so will one that is Disabled, when it
+    /// is enabled.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::InCallback`].
+    pub fn pause(&self) -> Result<Paused, StateError> {
+        if self.is_in_callback() {
+            return Err(StateError::InCallback);
+        }
+        self.0.pause_requested.store(true, Ordering::SeqCst);
+        self.0.client.request_attention();
+        Ok(Paused {
+            channel: self.clone(),
+        })
+    }
+
+    /// Takes [`pause`](Self::pause) back: the started callback runs, packets flow, and post-started runs.
+    /// Does nothing for a channel that is not paused. Returns at once.
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::InCallback`].
+    pub fn start(&self) -> Result<(), StateError> {
+        if self.is_in_callback() {
+            return Err(StateError::InCallback);
+        }
+        self.0.pause_requested.store(false, Ordering::SeqCst);
+        self.0.client.request_attention();
+        Ok(())
     }
 
     /// The library that the channel belongs to.
@@ -277,11 +476,72 @@ impl Channel {
     }
 }
 
-impl EnabledChannel {
-    pub(super) fn new(channel: Channel) -> Self {
-        Self { channel }
+/// Waits until a channel is paused; see [`Channel::pause`]. Ready as well when it never will be: because it ended, was
+/// started again, or is not open yet.
+#[derive(Debug)]
+#[must_use = "the channel pauses in the background"]
+pub struct Paused {
+    channel: Channel,
+}
+
+impl Future for Paused {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let channel = &self.channel;
+        let shared = channel.shared();
+        shared.client.poll_change(context, || {
+            let over = matches!(
+                channel.state(),
+                State::Disabled | State::Enabled | State::Paused
+            );
+            over || !shared.pause_wanted()
+        })
+    }
+}
+
+impl DisabledChannel {
+    pub(super) fn new(shared: Shared) -> Self {
+        Self {
+            channel: Channel(Arc::new(shared)),
+        }
     }
 
+    /// The handle.
+    pub fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    /// Enables the channel: opens a matching offer, now or when it comes. Returns at once; called at PASSIVE.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::PrimaryNotOpen`] for a sub-channel whose primary channel is not open.
+    pub fn enable(self) -> Result<EnabledChannel, EnableError> {
+        let primary = self.channel.shared().primary();
+        let open = |primary: &Shared| {
+            let state = primary.state();
+            !matches!(state, State::Disabled | State::Enabled) && !primary.is_ending()
+        };
+        if primary.is_some_and(|primary| !open(primary)) {
+            return Err(EnableError {
+                channel: self,
+                reason: ConfigError::PrimaryNotOpen,
+            });
+        }
+        self.channel.begin_waiting();
+        Ok(EnabledChannel {
+            channel: self.channel,
+        })
+    }
+
+    /// Gives the configuration back, for a channel that is to differ from this one.
+    pub fn into_builder(self) -> ChannelBuilder {
+        self.channel.shared().config.clone()
+    }
+}
+
+impl EnabledChannel {
     /// The handle.
     pub fn channel(&self) -> &Channel {
         &self.channel
@@ -291,20 +551,37 @@ impl EnabledChannel {
     pub fn disable(&self) {
         let shared = self.channel.shared();
         shared.disable_requested.store(true, Ordering::SeqCst);
+        shared.client.notify();
         shared.client.request_attention();
     }
 
     /// Waits until the channel has ended, whoever ended it: no callback runs any more, and
     /// every packet has completed.
-    pub async fn disabled(&self) {
-        let client = self.channel.client();
-        loop {
-            let seen = client.changes();
-            if self.channel.state() == State::Disabled {
-                return;
-            }
-            client.changed(seen).await;
+    ///
+    /// # Errors
+    ///
+    /// [`StateError::InCallback`] when a callback of the channel itself would wait.
+    pub async fn disabled(&self) -> Result<(), StateError> {
+        if self.channel.is_in_callback() {
+            return Err(StateError::InCallback);
         }
+        let client = &self.channel.shared().client;
+        let over = || self.channel.state() == State::Disabled;
+        core::future::poll_fn(|context| client.poll_change(context, over)).await;
+        Ok(())
+    }
+
+    /// Disables the channel and waits for the end. It can be enabled again then.
+    ///
+    /// # Errors
+    ///
+    /// As [`disabled`](Self::disabled); the channel is disabled all the same.
+    pub async fn into_disabled(self) -> Result<DisabledChannel, StateError> {
+        self.disable();
+        self.disabled().await?;
+        Ok(DisabledChannel {
+            channel: self.channel.clone(),
+        })
     }
 }
 
@@ -320,6 +597,12 @@ impl fmt::Debug for Channel {
             .field("friendly_name", &self.friendly_name())
             .field("state", &self.state())
             .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for DisabledChannel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.channel.fmt(f)
     }
 }
 

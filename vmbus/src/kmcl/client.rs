@@ -3,20 +3,18 @@
 use alloc::boxed::Box;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
+use core::any::Any;
 use core::fmt;
 use core::future::poll_fn;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use core::task::{Poll, Waker};
+use core::task::{Context, Poll, Waker};
 
 use spin::{Mutex, Once};
 
-use super::builder::ChannelBuilder;
-use super::channel::{Channel, EnabledChannel, Shared};
+use super::channel::{Channel, Shared};
 use super::deferred::Deferred;
-use super::external::ExternalData;
 use crate::hypervisor::{Hypervisor, Level};
 use crate::ids::{ChannelId, VpIndex};
-use crate::shared::SharedPages;
 use crate::sync::DispatchLock;
 
 /// The client interface of the library: what a driver is given to enable its channels on. Clones are the same.
@@ -43,9 +41,7 @@ pub(crate) struct Inner {
     /// Every channel that is not Disabled. PASSIVE only.
     pub(crate) channels: Mutex<Vec<Channel>>,
     /// Memory that the host may still touch although nobody uses it. PASSIVE only.
-    pub(crate) kept: Mutex<Vec<SharedPages>>,
-    /// The same of what drivers have lent to the host.
-    pub(crate) kept_lent: Mutex<Vec<ExternalData>>,
+    kept: Mutex<Vec<Box<dyn Any + Send>>>,
     /// Counts what async code may wait for.
     changes: AtomicU64,
     wakers: DispatchLock<Vec<Waker>>,
@@ -72,7 +68,6 @@ impl Client {
             attention: AtomicBool::new(false),
             channels: Mutex::new(Vec::new()),
             kept: Mutex::new(Vec::new()),
-            kept_lent: Mutex::new(Vec::new()),
             changes: AtomicU64::new(0),
             wakers: DispatchLock::new(Vec::new()),
             default_vp,
@@ -90,14 +85,6 @@ impl Client {
 
     pub(crate) fn inner(&self) -> &Arc<Inner> {
         &self.0
-    }
-
-    pub(super) fn enable(&self, config: &ChannelBuilder) -> EnabledChannel {
-        let shared = Arc::new(Shared::new(self.0.clone(), config.clone()));
-        let channel = Channel::from_shared(shared);
-        self.0.channels.lock().push(channel.clone());
-        self.0.request_attention();
-        EnabledChannel::new(channel)
     }
 
     /// Partition reference time in units of 100 ns.
@@ -197,6 +184,34 @@ impl Inner {
                 channel.dispatch(Level::Passive);
             }
         });
+    }
+
+    /// Keeps memory for as long as the host may touch it. At PASSIVE.
+    pub(super) fn keep(&self, memory: Box<dyn Any + Send>) {
+        self.kept.lock().push(memory);
+    }
+
+    /// The host touches nothing any more. At PASSIVE.
+    pub(crate) fn release_kept(&self) {
+        self.kept.lock().clear();
+    }
+
+    /// Ready when `look` says so; it is asked again after each change.
+    pub(super) fn poll_change(
+        &self,
+        context: &mut Context<'_>,
+        look: impl Fn() -> bool,
+    ) -> Poll<()> {
+        if look() {
+            return Poll::Ready(());
+        }
+        self.register(context.waker());
+        // What came before the registration woke nobody.
+        if look() {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
     }
 
     /// The whole stack, while it exists.

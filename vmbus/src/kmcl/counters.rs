@@ -58,6 +58,8 @@ counters! {
     cancelled_requests,
     /// Completions for requests that had been given up; they are dropped.
     late_completions,
+    /// GPADLs that the driver left when its closed callback returned: bugs of the driver.
+    leaked_gpadls,
     /// Received packets that the driver dropped without completing them: bugs of the driver.
     uncompleted_drops,
 }

@@ -100,9 +100,18 @@ impl Channel {
     /// interrupt during a batch is neither lost nor waited for.
     pub(super) fn dispatch(&self, level: Level) {
         let shared = self.shared();
-        if let Some(on_signal) = &shared.config.callbacks.on_signal {
-            return self.run_on_signal(&**on_signal, level);
+        match &shared.config.callbacks.on_signal {
+            Some(on_signal) => self.run_on_signal(&**on_signal, level),
+            None => self.run_batches(level),
         }
+        if shared.delivery.get() != Delivery::All {
+            // Somebody may wait for the end of this batch.
+            shared.client.request_attention();
+        }
+    }
+
+    fn run_batches(&self, level: Level) {
+        let shared = self.shared();
         let mut budget = shared.config.batch_budget;
         shared.receive.run(|side| {
             match shared.in_batch(level, || side.run(self, level, &mut budget)) {
@@ -118,10 +127,6 @@ impl Channel {
                 }
             }
         });
-        if shared.delivery.get() != Delivery::All {
-            // Somebody may wait for the end of this batch.
-            shared.client.request_attention();
-        }
     }
 }
 

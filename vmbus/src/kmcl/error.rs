@@ -14,6 +14,10 @@ pub enum ChannelError {
     Disabled,
     /// The host took the device away.
     Rescinded,
+    /// The channel is being paused: what is sent until it is has no place.
+    Pausing,
+    /// The primary channel of this sub-channel ends.
+    PrimaryClosed,
     /// The guest is leaving VMBus.
     Unloaded,
     /// The host broke the rules of the ring.
@@ -42,7 +46,10 @@ pub enum ChannelError {
 impl ChannelError {
     /// Whether nobody did anything wrong: the driver, the host or the guest ended the channel on purpose.
     pub fn is_orderly(self) -> bool {
-        matches!(self, Self::Disabled | Self::Rescinded | Self::Unloaded)
+        matches!(
+            self,
+            Self::Disabled | Self::Rescinded | Self::PrimaryClosed | Self::Unloaded
+        )
     }
 }
 
@@ -51,6 +58,8 @@ impl fmt::Display for ChannelError {
         match self {
             Self::Disabled => f.write_str("the driver disabled the channel"),
             Self::Rescinded => f.write_str("the host removed the device"),
+            Self::Pausing => f.write_str("the channel is being paused"),
+            Self::PrimaryClosed => f.write_str("the primary channel ends"),
             Self::Unloaded => f.write_str("the guest left VMBus"),
             Self::Ring(error) => write!(f, "the host broke the ring: {error}"),
             Self::Pipe { kind, length } => {

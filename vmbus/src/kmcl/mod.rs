@@ -14,6 +14,7 @@ mod deferred;
 mod dispatcher;
 mod error;
 mod external;
+mod gpadl;
 mod incoming;
 mod lifecycle;
 mod outgoing;
@@ -25,14 +26,17 @@ mod sender;
 mod trace;
 
 pub use blocking::WouldBlock;
-pub use builder::{ChannelBuilder, ConfigError};
-pub use channel::{Channel, EnabledChannel, State};
+pub use builder::{ChannelBuilder, ChannelDriver, ConfigError};
+pub use channel::{
+    Channel, DisabledChannel, EnableError, EnabledChannel, MmioSpace, Paused, State, StateError,
+};
 pub use client::Client;
 pub use counters::Counters;
 pub use error::{
     AllocateError, ChannelError, PacketError, Refused, RequestError, SendError, SendFailure,
 };
 pub use external::{ExternalData, ExternalDataError};
+pub use gpadl::{CreateGpadl, DeleteGpadl, Gpadl, GpadlAccess, GpadlError, GpadlSource};
 pub use incoming::{IncomingPacket, ReceivedPacket};
 pub use outgoing::{
     CompletionFunction, CompletionRoutine, MessageError, OutgoingPacket, SendFlags, UserData,
@@ -41,7 +45,7 @@ pub use raw::{RawError, RawPacket, RawRings};
 pub use request::{Answer, Request, Timeout};
 
 pub use crate::hypervisor::Level;
-pub use crate::ids::{PAGE_SIZE, PageNumber, VpIndex};
+pub use crate::ids::{GpadlHandle, PAGE_SIZE, PageNumber, VpIndex};
 pub use crate::protocol::{Guid, interface};
 pub use crate::ring::{
     Head as PacketHead, Kind as PacketKind, PacketBuffer, RingError, TransferPageRange,

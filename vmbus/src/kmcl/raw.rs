@@ -141,7 +141,7 @@ impl Channel {
         shared.signals.run(|()| {
             if shared.delivery.get() == Delivery::All {
                 shared.counters.batches.add(1);
-                on_signal(self);
+                shared.in_batch(level, || on_signal(self));
             }
             ControlFlow::Continue(())
         });

@@ -223,12 +223,15 @@ impl Channel {
 pub(super) struct Runner(AtomicU32);
 
 impl Runner {
-    pub(super) fn set(&self, vp: Option<VpIndex>) {
-        let mark = vp.map_or(0, |vp| vp.0.wrapping_add(1));
-        self.0.store(mark, Ordering::SeqCst);
+    /// Runs `code` on `vp`.
+    pub(super) fn during<R>(&self, vp: VpIndex, code: impl FnOnce() -> R) -> R {
+        let outer = self.0.swap(vp.0.wrapping_add(1), Ordering::SeqCst);
+        let result = code();
+        self.0.store(outer, Ordering::SeqCst);
+        result
     }
 
-    fn is(&self, vp: VpIndex) -> bool {
+    pub(super) fn is(&self, vp: VpIndex) -> bool {
         self.0.load(Ordering::SeqCst) == vp.0.wrapping_add(1)
     }
 }
@@ -240,9 +243,8 @@ impl Shared {
             return batch();
         }
         let vp = self.client.hypervisor.current_vp();
-        self.batch_runner.set(Some(vp));
-        let result = batch();
-        self.batch_runner.set(None);
+        let result = self.batch_runner.during(vp, batch);
+        self.catch_up();
         result
     }
 
@@ -250,7 +252,7 @@ impl Shared {
     /// without: opened, started, or those of a batch.
     fn is_below_caller(&self) -> bool {
         let me = self.client.hypervisor.current_vp();
-        (self.state() == State::Opening && self.opener.is(me)) || self.batch_runner.is(me)
+        (self.state() == State::Opening && self.caller.is(me)) || self.batch_runner.is(me)
     }
 }
 

@@ -698,7 +698,7 @@ impl Shared {
 
     /// The most bytes that a packet may take in the outgoing ring.
     pub(super) fn largest_packet(&self) -> u32 {
-        largest_packet(self.config.outgoing_pages * PAGE_SIZE).min(LARGEST_PACKET)
+        largest_packet(self.config.outgoing_pages() * PAGE_SIZE).min(LARGEST_PACKET)
     }
 
     fn push_failed(&self, error: PushError) -> SendFailure {
@@ -865,7 +865,7 @@ impl Shared {
             if let Some(external) = external
                 && !external.is_empty()
             {
-                self.client.kept_lent.lock().push(external);
+                self.client.keep(Box::new(external));
             }
         }
     }

@@ -77,7 +77,7 @@ fn two_channels_take_two_devices() {
         snapshot
             .offers
             .iter()
-            .all(|info| info.driver == Some("test"))
+            .all(|info| info.driver.as_deref() == Some("test"))
     );
     assert_eq!(snapshot.channels.len(), 3);
 }
@@ -432,7 +432,7 @@ fn async_code_is_woken_by_changes() {
     channel.disable();
     vm.machine.settle();
     assert!(counter.0.load(Ordering::SeqCst) > 0);
-    assert_eq!(disabled.as_mut().poll(&mut context), Poll::Ready(()));
+    assert_eq!(disabled.as_mut().poll(&mut context), Poll::Ready(Ok(())));
 }
 
 #[test]
