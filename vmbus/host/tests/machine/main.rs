@@ -8,6 +8,7 @@ mod hosts;
 mod integration;
 mod lifecycle;
 mod raw;
+mod requests;
 mod sending;
 mod simulation;
 mod support;
