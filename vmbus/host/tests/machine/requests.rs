@@ -138,11 +138,11 @@ impl Open {
         Polled::new(self.channel().request(data, ExternalData::new(), timeout))
     }
 
-    /// A request that lends one page.
+    /// A large request that lends one page.
     fn lend(&self, page: &SharedPages, timeout: Timeout) -> Polled {
         let mut external = ExternalData::new();
         external.push(page.clone(), 0..4096).unwrap();
-        Polled::new(self.channel().request(b"take it!", external, timeout))
+        Polled::new(self.channel().request(&large(9), external, timeout))
     }
 
     /// Transaction ids of the requests that have come to the host.
@@ -540,7 +540,7 @@ fn requests_end_with_the_channel_and_their_memory_when_the_host_has_let_go() {
         in_flight.assert_pending();
         open.transactions();
         open.fill();
-        let mut waiting = open.request(b"question", Timeout::Never);
+        let mut waiting = open.request(&large(2), Timeout::Never);
         waiting.assert_pending();
         for message in [MessageType::GPADL_TORNDOWN, MessageType::UNLOAD_COMPLETE] {
             open.vm.machine.server(|server| {
