@@ -506,7 +506,7 @@ impl Serve for Vmbus {
         if self.worker.load(Ordering::SeqCst) == me {
             // A callback of the one that works waits here. What that one had in hand when it called stays with it;
             // everything else is done now, whether or not somebody asked.
-            self.inner().request_attention();
+            self.inner().set_attention();
             self.work();
         } else {
             self.run_work();

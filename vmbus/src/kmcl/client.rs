@@ -225,8 +225,13 @@ impl Inner {
 
     /// Has the state of every channel looked at.
     pub(crate) fn request_attention(&self) {
-        self.attention.store(true, Ordering::SeqCst);
+        self.set_attention();
         self.request_work();
+    }
+
+    /// The same, for the one who is about to work and wants to sleep after that.
+    pub(crate) fn set_attention(&self) {
+        self.attention.store(true, Ordering::SeqCst);
     }
 
     /// Whether that was asked for since the last call.

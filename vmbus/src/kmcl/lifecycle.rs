@@ -549,8 +549,7 @@ impl Channel {
         {
             log::warn!("{}: closing: {error}", shared.config.friendly_name);
         }
-        // From here on packets are lined up again, though for nothing: they fail when all is over.
-        shared.set_gate(Gate::Queue);
+        shared.set_gate(Gate::Closed);
         if let Some(closed) = &shared.config.callbacks.closed
             && announced
         {

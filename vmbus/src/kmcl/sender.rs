@@ -37,6 +37,8 @@ pub(super) enum Gate {
     Open,
     /// Ending: only completions of received packets are still written.
     CompletionsOnly,
+    /// Closed: packets are lined up again, though for nothing, because they fail when all is over. Nobody may wait for one.
+    Closed,
     /// Nothing is written any more.
     Shut,
 }
@@ -495,7 +497,8 @@ impl Shared {
         let open = match side.gate {
             Gate::Open => true,
             Gate::Queue => false,
-            Gate::CompletionsOnly | Gate::Shut => {
+            Gate::Closed if order.request.is_none() => false,
+            Gate::Closed | Gate::CompletionsOnly | Gate::Shut => {
                 return Err((body, Refusal::Ended(side.reason)));
             }
         };
@@ -554,7 +557,9 @@ impl Shared {
         match side.gate {
             Gate::Open if side.is_clear() => {}
             Gate::Open | Gate::Queue => return Err(Refusal::Full),
-            Gate::CompletionsOnly | Gate::Shut => return Err(Refusal::Ended(side.reason)),
+            Gate::CompletionsOnly | Gate::Closed | Gate::Shut => {
+                return Err(Refusal::Ended(side.reason));
+            }
         }
         let header = pipe::header(data.len());
         let none = ScatterList::default();
@@ -579,7 +584,7 @@ impl Shared {
         data: &[u8],
     ) -> Option<Box<Content>> {
         let mut side = self.send.lock(&*self.client.hypervisor);
-        if side.gate == Gate::Shut {
+        if matches!(side.gate, Gate::Closed | Gate::Shut) {
             return Some(buffer);
         }
         if side.is_clear() {

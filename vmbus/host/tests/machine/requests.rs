@@ -320,7 +320,7 @@ fn a_request_whose_time_is_over_in_the_queue_is_not_sent_any_more() {
     open.fill();
     let page = page();
     let mut request = open.lend(&page, Timeout::After(500));
-    let mut behind = open.request(&7u64.to_le_bytes(), Timeout::Never);
+    let mut behind = open.request(&large(7), Timeout::Never);
     open.vm.machine.settle();
     request.assert_pending();
     assert_eq!(page.handle_count(), 2);
