@@ -525,15 +525,11 @@ fn a_time_of_zero_does_not_wait_for_room_and_not_for_the_answer() {
 
 #[test]
 fn requests_end_with_the_channel_and_their_memory_when_the_host_has_let_go() {
-    let ends: [(fn(&Open), ChannelError); 3] = [
-        (|open| open.channel.disable(), ChannelError::Disabled),
-        (
-            |open| assert!(open.vm.machine.rescind(open.id)),
-            ChannelError::Rescinded,
-        ),
-        (|open| open.vm.vmbus.begin_unload(), ChannelError::Unloaded),
-    ];
-    for (end, reason) in ends {
+    for reason in [
+        ChannelError::Disabled,
+        ChannelError::Rescinded,
+        ChannelError::Unloaded,
+    ] {
         let open = open();
         let page = page();
         let mut in_flight = open.lend(&page, Timeout::Never);
@@ -547,7 +543,11 @@ fn requests_end_with_the_channel_and_their_memory_when_the_host_has_let_go() {
                 server.inject(Rule::once(message, Fault::Delay(10_000_000)));
             });
         }
-        end(&open);
+        match reason {
+            ChannelError::Disabled => open.channel.disable(),
+            ChannelError::Rescinded => assert!(open.vm.machine.rescind(open.id)),
+            _ => open.vm.vmbus.begin_unload(),
+        }
         open.vm.machine.settle();
         assert_eq!(open.channel().state(), State::Closing, "{reason}");
         for request in [&mut in_flight, &mut waiting] {
