@@ -1,0 +1,419 @@
+//! The corpus's seeds: inputs made from real exchanges and from one valid packet of each kind.
+
+use vmbus::bus::{Bus, Config, Event, GpaRange, OpenParameters};
+use vmbus::ids::{ChannelId, GpadlHandle, PageNumber, VpIndex};
+use vmbus::protocol::Status;
+use vmbus_host::bus::Event as HostEvent;
+
+use crate::balloon::message;
+use crate::host::{PROFILES, ProviderStep, RingStep, ServerStep, server};
+use crate::ring::{Packet, Ranges};
+use crate::{balloon, bus, input, kmcl, ring};
+
+/// An input of the corpus.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Seed {
+    /// The target that it is for.
+    pub target: &'static str,
+    /// Its file name.
+    pub name: String,
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+}
+
+fn seed(target: &'static str, name: impl Into<String>, bytes: Vec<u8>) -> Seed {
+    Seed {
+        target,
+        name: name.into(),
+        bytes,
+    }
+}
+
+/// Every seed.
+pub fn seeds() -> Vec<Seed> {
+    let mut seeds = Vec::new();
+    for (number, profile) in (0..).zip(PROFILES) {
+        let name = profile().name.to_lowercase();
+        let Exchange {
+            guest,
+            host,
+            messages,
+        } = Exchange::record(number);
+        let guest: Vec<_> = guest.iter().map(GuestStep::as_step).collect();
+        seeds.push(seed(
+            "bus_messages",
+            format!("bring-up-{name}"),
+            input(&guest),
+        ));
+        let posts: Vec<_> = host.iter().map(HostStep::as_step).collect();
+        let mut bytes = vec![number];
+        bytes.extend(input(&posts));
+        seeds.push(seed("host_server", format!("bring-up-{name}"), bytes));
+        if number == 1 {
+            for message in messages {
+                let kind = message.first().copied().unwrap_or(0);
+                seeds.push(seed("protocol", format!("message-{kind}"), message));
+            }
+        }
+    }
+    seeds.sort_by(|a, b| (a.target, &a.name).cmp(&(b.target, &b.name)));
+    seeds.dedup_by(|a, b| (a.target, &a.name) == (b.target, &b.name));
+    seeds.extend(rings());
+    seeds.extend(channels());
+    seeds.extend(dynamic_memory());
+    seeds
+}
+
+/// A step of the guest's bus, with its message.
+enum GuestStep {
+    Plain(bus::Step<'static>),
+    Receive(Vec<u8>),
+}
+
+impl GuestStep {
+    fn as_step(&self) -> bus::Step<'_> {
+        match self {
+            Self::Plain(step) => step.clone(),
+            Self::Receive(message) => bus::Step::Receive(message),
+        }
+    }
+}
+
+/// A step of the server, with its message.
+enum HostStep {
+    Plain(ServerStep<'static>),
+    Post(u32, Vec<u8>),
+}
+
+impl HostStep {
+    fn as_step(&self) -> ServerStep<'_> {
+        match self {
+            Self::Plain(step) => step.clone(),
+            Self::Post(connection, message) => ServerStep::Post(*connection, message),
+        }
+    }
+}
+
+/// A guest and a host that speak with each other, from contact to unload.
+#[derive(Default)]
+struct Exchange {
+    guest: Vec<GuestStep>,
+    host: Vec<HostStep>,
+    messages: Vec<Vec<u8>>,
+}
+
+impl Exchange {
+    /// The life of a connection with the host of this number: contact, offers, a channel opened, moved and closed, one rescinded, unload.
+    fn record(profile: u8) -> Self {
+        let mut exchange = Self::default();
+        let mut server = server(profile);
+        let mut bus = Bus::new(Config::default());
+        let now = 1;
+        let (channel, ring) = (ChannelId(1), GpadlHandle(1));
+        // Each round does one thing more and lets both sides finish.
+        for round in 0..8 {
+            let step = match round {
+                0 => {
+                    bus.connect(now);
+                    bus::Step::Connect
+                }
+                1 => {
+                    let pages = (0..40).map(PageNumber);
+                    let range = GpaRange::whole_pages(pages).expect("whole pages");
+                    let _ = bus.create_gpadl(now, channel, &[range]);
+                    bus::Step::CreateGpadl(1, 40)
+                }
+                2 => {
+                    let parameters = OpenParameters {
+                        ring,
+                        downstream_page: 2,
+                        target_vp: VpIndex(0),
+                        user_data: [0; 120],
+                    };
+                    let _ = bus.open(now, channel, &parameters);
+                    bus::Step::Open(1, 1)
+                }
+                3 => {
+                    let _ = bus.modify_target_vp(now, channel, VpIndex(1));
+                    bus::Step::Modify(1)
+                }
+                4 => {
+                    let _ = bus.close(channel);
+                    bus::Step::Close(1)
+                }
+                5 => {
+                    let _ = bus.teardown_gpadl(now, ring);
+                    bus::Step::Teardown(1)
+                }
+                6 => {
+                    server.rescind(ChannelId(2));
+                    exchange.host.push(HostStep::Plain(ServerStep::Rescind(2)));
+                    bus::Step::PostAll
+                }
+                _ => {
+                    bus.unload(now);
+                    bus::Step::Unload
+                }
+            };
+            exchange.guest.push(GuestStep::Plain(step));
+            exchange.settle(&mut bus, &mut server, now);
+            if round == 6 {
+                let _ = bus.release(ChannelId(2));
+                exchange.guest.push(GuestStep::Plain(bus::Step::Release(2)));
+                exchange.settle(&mut bus, &mut server, now);
+            }
+        }
+        exchange
+    }
+
+    fn settle(&mut self, bus: &mut Bus, server: &mut vmbus_host::bus::Server, now: u64) {
+        loop {
+            let mut moved = false;
+            while let Some(outgoing) = bus.poll_message() {
+                moved = true;
+                let bytes = outgoing.payload.to_vec();
+                self.messages.push(bytes.clone());
+                let status = server.post(now, outgoing.connection, &bytes);
+                self.host.push(HostStep::Post(outgoing.connection.0, bytes));
+                if status == vmbus_host::bus::HvStatus::SUCCESS {
+                    self.guest.push(GuestStep::Plain(bus::Step::Post));
+                } else {
+                    bus.message_refused(now, vmbus::hypervisor::PostError::InvalidConnection);
+                    self.guest.push(GuestStep::Plain(bus::Step::Refuse(0)));
+                }
+                server.run(now);
+            }
+            while let Some(event) = server.poll_event() {
+                if let HostEvent::Opening(opening) = event {
+                    server.finish_open(opening.channel, Status::SUCCESS);
+                    let id = opening.channel.0;
+                    let step = ServerStep::FinishOpen(id, Status::SUCCESS.0);
+                    self.host.push(HostStep::Plain(step));
+                }
+            }
+            while let Some(message) = server.poll_message(now) {
+                moved = true;
+                bus.receive(now, &message.payload);
+                self.messages.push(message.payload.clone());
+                self.guest.push(GuestStep::Receive(message.payload));
+            }
+            while let Some(event) = bus.poll_event() {
+                assert!(!matches!(event, Event::Violation(_)), "{event:?}");
+            }
+            if !moved {
+                return;
+            }
+        }
+    }
+}
+
+/// One packet of each kind, by name.
+fn packets() -> [(&'static str, Packet<'static>); 5] {
+    let with = |ranges, transaction| Packet {
+        payload: b"a packet of 24 bytes....",
+        more: 0,
+        transaction,
+        ranges,
+    };
+    [
+        ("in-band", with(Ranges::None, None)),
+        ("request", with(Ranges::None, Some(5))),
+        ("completion", with(Ranges::Completion, Some(0x1_0000_0001))),
+        (
+            "transfer-pages",
+            with(Ranges::TransferPages(vec![(64, 0), (1500, 4096)]), Some(6)),
+        ),
+        (
+            "gpa-direct",
+            with(Ranges::GpaDirect(vec![(0, 4096), (4000, 300)]), Some(7)),
+        ),
+    ]
+}
+
+fn rings() -> Vec<Seed> {
+    use ring::Step;
+    let mut seeds = Vec::new();
+    for (name, packet) in packets() {
+        let once = [
+            Step::Packet(packet.clone()),
+            Step::Publish,
+            Step::Peek,
+            Step::Read,
+            Step::Release,
+        ];
+        for target in ["ring_reader", "ring_writer"] {
+            seeds.push(seed(target, name, input(&once)));
+        }
+        // Round the end of the ring, with somebody who waits for room.
+        let long = Packet {
+            more: 2000,
+            ..packet.clone()
+        };
+        let mut around = Vec::new();
+        for _ in 0..6 {
+            around.extend([
+                Step::Mask(true),
+                Step::Packet(long.clone()),
+                Step::WaitFor(3000),
+                Step::Read,
+                Step::Release,
+                Step::Mask(false),
+                Step::StopWaiting,
+            ]);
+        }
+        for target in ["ring_reader", "ring_writer"] {
+            seeds.push(seed(target, format!("{name}-around"), input(&around)));
+        }
+        let steps = [
+            RingStep::Send(packet),
+            RingStep::Mask(true),
+            RingStep::WaitForRoom(100),
+            RingStep::Mask(false),
+        ];
+        let mut bytes = vec![3];
+        bytes.extend(input(&steps));
+        seeds.push(seed("host_ring", name, bytes));
+    }
+    let lies = [
+        Step::Packet(Packet::data(&[1; 40])),
+        Step::Publish,
+        // A length beyond the producer's offset, then offsets beyond the ring.
+        Step::Bytes(4096 + 4, &[0xFF, 0xFF]),
+        Step::Read,
+        Step::Control(0, 8),
+        Step::Read,
+        Step::Control(1, 0xFFFF_FFF8),
+        Step::WaitFor(64),
+    ];
+    for target in ["ring_reader", "ring_writer"] {
+        seeds.push(seed(target, "lies", input(&lies)));
+    }
+    // A packet of 40 bytes as a guest writes it: in-band, 16 bytes to the data, 40 long, an answer wanted.
+    let written = [
+        RingStep::Bytes(4096, &[6, 0, 2, 0, 5, 0, 1, 0, 9, 0, 0, 0, 0, 0, 0, 0]),
+        RingStep::Offset(false, false, 48),
+        RingStep::Receive,
+        RingStep::Release,
+    ];
+    let mut bytes = vec![2];
+    bytes.extend(input(&written));
+    seeds.push(seed("host_ring", "written-by-a-guest", bytes));
+    seeds
+}
+
+fn channels() -> Vec<Seed> {
+    use kmcl::Step;
+    let mut seeds = Vec::new();
+    for flags in [0, 1, 2, 0x40, 0x80] {
+        let mut steps: Vec<_> = packets().map(|(_, packet)| Step::Send(packet)).into();
+        if flags == 0x40 {
+            // Messages with a pipe header: type 1, 8 bytes.
+            let payload = &[1, 0, 0, 0, 8, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0];
+            steps.insert(0, Step::Send(Packet::data(payload)));
+        }
+        for choice in [0u8, 1, 2, 7] {
+            let payload: &'static [u8] =
+                [&[0; 8], &[1; 8], &[2; 8], &[7; 8]][usize::from(choice.min(3))];
+            steps.push(Step::Send(Packet::data(payload)));
+        }
+        steps.extend([
+            Step::GuestSend(0, 100),
+            Step::GuestSend(1, 100),
+            Step::GuestSend(2, 100),
+            Step::Settle,
+            Step::Receive(10),
+            Step::Answer(true),
+            Step::Finish(0),
+            Step::Settle,
+        ]);
+        seeds.push(seed("kmcl_channel", format!("traffic-{flags:02x}"), {
+            let mut bytes = vec![flags];
+            bytes.extend(input(&steps));
+            bytes
+        }));
+    }
+    let full: Vec<_> = (0..6)
+        .map(|_| Step::GuestSend(1, 1500))
+        .chain([
+            Step::WaitForRoom(3000),
+            Step::Receive(2),
+            Step::Settle,
+            Step::Answer(false),
+            Step::Rescind,
+            Step::GuestSend(0, 8),
+            Step::Reopen,
+        ])
+        .collect();
+    let lies = [
+        Step::GuestSend(1, 64),
+        Step::Control(true, 0, 4096),
+        Step::Interrupt(1),
+        Step::Settle,
+        Step::Reopen,
+        Step::Send(Packet::data(&[0xFF; 8])),
+        Step::Complete(0x1_0000_0001, b"twice"),
+        Step::Settle,
+        // OFFER_CHANNEL, RESCIND_CHANNEL_OFFER and GPADL_TORNDOWN of the open channel.
+        Step::Message(&[2, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]),
+        Step::Message(&[12, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]),
+        Step::Settle,
+    ];
+    for (name, steps) in [("full", &full[..]), ("lies", &lies)] {
+        let mut bytes = vec![1];
+        bytes.extend(input(steps));
+        seeds.push(seed("kmcl_channel", name, bytes));
+    }
+    seeds
+}
+
+fn dynamic_memory() -> Vec<Seed> {
+    use balloon::Step;
+    let up = [
+        Step::Open(true),
+        Step::Send(true),
+        Step::Agree,
+        Step::Send(true),
+        Step::Agree,
+        Step::Balloon(1500),
+        Step::Send(true),
+        Step::Send(true),
+        Step::Unballoon(0),
+        Step::Unballoon(0),
+        Step::Send(true),
+        Step::Tick(20_000_000),
+        Step::Send(false),
+    ];
+    let hot_add = message(10, 3, &[0; 16]);
+    let odd = [
+        Step::Open(true),
+        Step::Send(true),
+        Step::Agree,
+        Step::Send(true),
+        Step::Agree,
+        Step::Receive(&hot_add),
+        Step::Send(true),
+        Step::Balloon(u32::MAX),
+        Step::Send(false),
+        Step::Open(false),
+    ];
+    let messages = [
+        message(1, 1, &[0, 0, 2, 0, 0, 0, 0, 0]),
+        message(3, 2, &[0xFF; 24]),
+        message(5, 3, &[1; 40]),
+        message(7, 0, &[0, 0, 0, 0, 2, 0, 0, 0, 16, 0, 0, 0, 0, 0x10, 0, 0]),
+        message(9, 1, &[]),
+    ];
+    let mut steps = vec![ProviderStep::Open(true)];
+    steps.extend(
+        messages
+            .iter()
+            .map(|message| ProviderStep::Receive(message)),
+    );
+    steps.insert(4, ProviderStep::Target(1 << 19));
+    steps.insert(5, ProviderStep::Tick(u32::MAX));
+    vec![
+        seed("balloon", "up-and-down", input(&up)),
+        seed("balloon", "odd", input(&odd)),
+        seed("host_providers", "up-and-down", input(&steps)),
+    ]
+}
