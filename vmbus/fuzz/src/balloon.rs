@@ -29,7 +29,7 @@ pub(crate) enum Step<'a> {
 }
 
 /// Pages of the guest.
-const PAGES: u64 = 4096;
+const PAGES: u64 = 2048;
 /// The first of them.
 const FIRST: u64 = 0x1_0000;
 

@@ -1,30 +1,27 @@
 //! A whole guest with one KMCL channel, its host keeping to no rule.
 
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use vmbus::Vmbus;
-use vmbus::bus::Config;
 use vmbus::ids::ChannelId;
 use vmbus::kmcl::{
     Channel, ChannelBuilder, EnabledChannel, ExternalData, IncomingPacket, Level, ReceivedPacket,
-    SharedPages, State,
+    SendFlags, SharedPages, State,
 };
 use vmbus::protocol::Guid;
 use vmbus::ring::{Kind, Outgoing, PacketBuffer};
 use vmbus_host::bus::Device;
 use vmbus_host::channel::HostChannel;
-use vmbus_host::machine::{Guest, Machine, Manual};
+use vmbus_host::machine::{Machine, Manual};
 
+use crate::guest::{SECOND, guest};
 use crate::host::PROFILES;
 use crate::ring::Packet;
 use crate::steps;
 
 const INTERFACE: Guid = Guid::literal("11111111-2222-3333-4444-555555555555");
 const INSTANCE: Guid = Guid::literal("aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee");
-
-/// One second in units of 100 ns.
-const SECOND: u64 = 10_000_000;
 
 /// Something that host, guest or clock does.
 #[derive(Serialize, Deserialize, Clone, Debug)]
@@ -65,33 +62,6 @@ pub(crate) enum Step<'a> {
     Advance(u32),
 }
 
-/// The guest, as the machine knows it: not its owner, or neither would ever be freed.
-struct GuestEnd(Weak<Vmbus>);
-
-impl Guest for GuestEnd {
-    fn on_message(&self, payload: &[u8]) -> bool {
-        self.0
-            .upgrade()
-            .is_none_or(|vmbus| vmbus.on_message(payload))
-    }
-
-    fn on_event(&self, channel: ChannelId) {
-        if let Some(vmbus) = self.0.upgrade() {
-            vmbus.on_event(channel);
-        }
-    }
-
-    fn run_work(&self) {
-        if let Some(vmbus) = self.0.upgrade() {
-            vmbus.run_work();
-        }
-    }
-
-    fn deadline(&self) -> Option<u64> {
-        self.0.upgrade()?.deadline()
-    }
-}
-
 /// What the driver saw.
 #[derive(Default)]
 struct Tally {
@@ -125,9 +95,7 @@ struct World {
 impl World {
     fn new(flags: u8) -> Self {
         let profile = PROFILES[usize::from(flags) % PROFILES.len()]();
-        let machine = Machine::new(profile);
-        let vmbus = Vmbus::new(machine.clone(), Config::default());
-        machine.attach(Arc::new(GuestEnd(Arc::downgrade(&vmbus))));
+        let (machine, vmbus) = guest(profile);
         let device = Device::new(INTERFACE, INSTANCE);
         let id = machine.add(device, Manual).expect("numbers are free");
         vmbus.connect();
@@ -296,11 +264,11 @@ impl World {
             1 => packet.send_transaction(data),
             _ => {
                 let mut external = ExternalData::new();
-                external.push(
-                    self.lent.clone(),
-                    0..1 + usize::from(length) % self.lent.len(),
-                );
-                packet.send_with_external_data(data, external)
+                let range = 0..1 + usize::from(length) % self.lent.len();
+                external
+                    .push(self.lent.clone(), range)
+                    .expect("one range of lent memory");
+                packet.send_with_external_data(data, external, SendFlags::default())
             }
         };
         if result.is_err() {
@@ -323,8 +291,8 @@ impl World {
             // A host that does not answer is waited for, not for ever.
             if !self.honest_bus {
                 self.vmbus.begin_unload();
-                self.machine.advance(60 * SECOND);
             }
+            self.machine.advance(60 * SECOND);
         }
         assert_eq!(
             self.channel.channel().state(),

@@ -10,7 +10,9 @@
 
 mod balloon;
 mod bus;
+mod guest;
 mod host;
+mod ic;
 mod kmcl;
 mod protocol;
 mod ring;
@@ -19,6 +21,7 @@ pub mod seeds;
 pub use balloon::balloon;
 pub use bus::bus_messages;
 pub use host::{host_providers, host_ring, host_server};
+pub use ic::{host_ic, ic};
 pub use kmcl::kmcl_channel;
 pub use protocol::protocol;
 pub use ring::{ring_reader, ring_writer};
@@ -29,12 +32,14 @@ use serde::{Deserialize, Serialize};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target, by name.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 11] = [
     ("balloon", balloon),
     ("bus_messages", bus_messages),
+    ("host_ic", host_ic),
     ("host_providers", host_providers),
     ("host_ring", host_ring),
     ("host_server", host_server),
+    ("ic", ic),
     ("kmcl_channel", kmcl_channel),
     ("protocol", protocol),
     ("ring_reader", ring_reader),

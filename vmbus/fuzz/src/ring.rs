@@ -320,9 +320,9 @@ pub fn ring_reader(data: &[u8]) {
 pub fn ring_writer(data: &[u8]) {
     let mut stand = Stand::new();
     steps(data).for_each(|step| stand.play(&step));
-    // A consumer that stands still gives no room.
+    // A consumer that stands still gives no room, but for what its last step away gave.
     let packet = Packet::data(&[0xEE; 24]);
-    let most = (PAGES - 3) * PAGE_SIZE / 48;
+    let most = 2 * (PAGES - 3) * PAGE_SIZE / 48;
     let pushed = (0..2 * most)
         .take_while(|_| packet.push(|packet| stand.writer.push(packet)) == Some(Ok(())))
         .count();

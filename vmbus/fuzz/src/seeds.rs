@@ -4,11 +4,14 @@ use vmbus::bus::{Bus, Config, Event, GpaRange, OpenParameters};
 use vmbus::ids::{ChannelId, GpadlHandle, PageNumber, VpIndex};
 use vmbus::protocol::Status;
 use vmbus_host::bus::Event as HostEvent;
+use vmbus_host::integration::{
+    ANSWER_FLAGS, Component, Heartbeat, Host, Service, Shutdown, ShutdownRequest, TimeSync,
+};
 
 use crate::balloon::message;
 use crate::host::{PROFILES, ProviderStep, RingStep, ServerStep, server};
 use crate::ring::{Packet, Ranges};
-use crate::{balloon, bus, input, kmcl, ring};
+use crate::{balloon, bus, ic, input, kmcl, ring};
 
 /// An input of the corpus.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -61,6 +64,7 @@ pub fn seeds() -> Vec<Seed> {
     seeds.extend(rings());
     seeds.extend(channels());
     seeds.extend(dynamic_memory());
+    seeds.extend(integration());
     seeds
 }
 
@@ -416,4 +420,80 @@ fn dynamic_memory() -> Vec<Seed> {
         seed("balloon", "odd", input(&odd)),
         seed("host_providers", "up-and-down", input(&steps)),
     ]
+}
+
+/// What a service sends first: its negotiation, and the request after a guest has agreed to the first of its versions.
+fn asked<C: Component>(host: Host, component: C) -> Option<[Vec<u8>; 2]> {
+    if C::versions(host).is_empty() {
+        return None;
+    }
+    let mut service = Service::new(host, component);
+    service.opened();
+    let negotiation = service.poll_message(1).unwrap_or_default();
+    service.receive(1, &agreed(&negotiation));
+    let request = service.poll_message(u64::MAX / 2).unwrap_or_default();
+    Some([negotiation, request])
+}
+
+/// The answer to a negotiation that takes the first version of each list (spec ic.md 4).
+fn agreed(negotiation: &[u8]) -> Vec<u8> {
+    let mut answer = negotiation.to_vec();
+    let frameworks = usize::from(negotiation[28]);
+    answer.copy_within(36 + 4 * frameworks..40 + 4 * frameworks, 40);
+    answer[18..20].copy_from_slice(&[16, 0]);
+    answer[25] = ANSWER_FLAGS;
+    answer[28..32].copy_from_slice(&[1, 0, 1, 0]);
+    answer
+}
+
+fn integration() -> Vec<Seed> {
+    use ic::{ServiceStep, Step};
+    let mut seeds = Vec::new();
+    for (bit, host, name) in [
+        (0u8, Host::HyperV, "hyper-v"),
+        (0x80, Host::OpenVmm, "openvmm"),
+    ] {
+        let mut shutdown = Shutdown::new();
+        shutdown.ask(ShutdownRequest::new(0));
+        let components = [
+            ("heartbeat", asked(host, Heartbeat::new(1))),
+            ("shutdown", asked(host, shutdown)),
+            ("time-sync", asked(host, TimeSync::new(1 << 57))),
+        ];
+        for (choice, (component, messages)) in (0..).zip(&components) {
+            let Some([negotiation, request]) = messages else {
+                continue;
+            };
+            let answer = agreed(negotiation);
+            let steps = [
+                ServiceStep::Open(true),
+                ServiceStep::Receive(&answer),
+                ServiceStep::Advance(600_000_000),
+                ServiceStep::Answer(0, 0, &[]),
+                ServiceStep::Renegotiate,
+                ServiceStep::Answer(0x8000_4005, 28, &[0, 0, 0, 0]),
+                ServiceStep::Open(false),
+            ];
+            let mut bytes = vec![bit | choice];
+            bytes.extend(input(&steps));
+            seeds.push(seed("host_ic", format!("{component}-{name}"), bytes));
+            if choice == 0 {
+                continue;
+            }
+            let which = choice == 1;
+            let steps = [
+                Step::SendRaw(which, negotiation),
+                Step::SendRaw(which, request),
+                Step::Decide(true),
+                Step::Advance(50_000_000),
+                Step::SendRaw(which, request),
+                Step::Decide(false),
+                Step::Send(which, &[0; 20]),
+                Step::Again(which),
+                Step::SendRaw(which, negotiation),
+            ];
+            seeds.push(seed("ic", format!("{component}-{name}"), input(&steps)));
+        }
+    }
+    seeds
 }
