@@ -13,7 +13,8 @@ use spin::Mutex;
 use crate::bus::{Bus, Config, ConnectError, Event, Offer};
 use crate::hypervisor::Hypervisor;
 use crate::ids::ChannelId;
-use crate::kmcl::{Channel, Client, Counters, Inner, Serve, State};
+use crate::kmcl::{Channel, Client, Counters, Inner, MonitorMemory, Serve, State};
+use crate::protocol::monitor::MonitorPages;
 use crate::protocol::{FeatureFlags, MAX_PAYLOAD, Version};
 use crate::sync::DispatchLock;
 
@@ -195,9 +196,31 @@ impl Vmbus {
     /// Makes contact with the host. At PASSIVE; the outcome comes with [`run_work`](Self::run_work).
     pub fn connect(&self) {
         *self.connection.lock() = ConnectionState::Connecting;
+        let monitor = self.monitor_pages();
         let now = self.hypervisor().reference_time();
-        self.bus.lock().connect(now);
+        let mut bus = self.bus.lock();
+        bus.set_monitor_pages(monitor);
+        bus.connect(now);
+        drop(bus);
         self.hypervisor().request_work();
+    }
+
+    /// The pages for signals without hypercalls, empty. None when they are not wanted, or there is no memory for them:
+    /// then each signal is a hypercall.
+    fn monitor_pages(&self) -> Option<MonitorPages> {
+        if !self.bus.lock().config().monitor_pages {
+            return None;
+        }
+        let mut memory = self.inner().monitor.lock();
+        if memory.is_none() {
+            match MonitorMemory::share(self.hypervisor()) {
+                Ok(shared) => *memory = Some(shared),
+                Err(error) => log::warn!("VMBus goes without monitor pages: {error}"),
+            }
+        }
+        let memory = memory.as_ref()?;
+        memory.clear();
+        Some(memory.pages())
     }
 
     /// Takes one channel message: the payload of a SynIC message of type 1. Called at DISPATCH.
@@ -431,6 +454,9 @@ impl Vmbus {
             Event::TargetVpModified { .. } => {}
             Event::Unloaded { acknowledged } => {
                 self.disconnected(acknowledged, |_| true);
+                if acknowledged {
+                    drop(self.inner().monitor.lock().take());
+                }
                 *self.connection.lock() = ConnectionState::Unloaded { acknowledged };
                 self.client.notify();
             }

@@ -15,3 +15,4 @@ pub mod dynamic_memory;
 pub mod integration;
 pub mod machine;
 pub mod memory;
+pub mod monitor;

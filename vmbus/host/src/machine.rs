@@ -27,6 +27,7 @@ use crate::bus::{Device, Event, HvStatus, Lent, Message, NO_INTERRUPTS, Opening,
 use crate::channel::HostChannel;
 use crate::dynamic_memory::DynamicMemory;
 use crate::memory::GuestMemory;
+use crate::monitor::Watch;
 
 /// The guest's end: what the hypervisor interrupts.
 pub trait Guest: Send + Sync {
@@ -139,8 +140,12 @@ struct Host {
     memory: GuestMemory,
     /// GPADLs that the guest has not got back.
     lent: BTreeMap<GpadlHandle, Arc<Lent>>,
+    /// The host's eye on the guest's monitor page.
+    watch: Option<Watch>,
     /// Channels that the guest has signalled.
     signalled: BTreeSet<ChannelId>,
+    /// Signals that came through the monitor page.
+    monitored_signals: u64,
     /// Pages that can still be shared.
     free_pages: usize,
     /// What the guest did that no guest may do.
@@ -160,6 +165,8 @@ impl Machine {
                 closing: Vec::new(),
                 memory: GuestMemory::default(),
                 lent: BTreeMap::new(),
+                watch: None,
+                monitored_signals: 0,
                 signalled: BTreeSet::new(),
                 free_pages: 4096,
                 complaints: Vec::new(),
@@ -386,6 +393,16 @@ impl Machine {
         self.signals.load(Ordering::SeqCst)
     }
 
+    /// Signals of the guest that the host found in the monitor page.
+    pub fn monitored_signals(&self) -> u64 {
+        self.host.lock().monitored_signals
+    }
+
+    /// The host's eye on the guest's monitor page, if there is one.
+    pub fn watch<R>(&self, with: impl FnOnce(&mut Watch) -> R) -> Option<R> {
+        self.host.lock().watch.as_mut().map(with)
+    }
+
     /// How often the guest asked for work.
     pub fn work_requests(&self) -> u64 {
         self.work_requests.load(Ordering::SeqCst)
@@ -462,7 +479,8 @@ impl Machine {
             .filter(|(id, _)| host.open.contains_key(id))
             .filter_map(|(_, provider)| provider.deadline())
             .min();
-        [guest, host.server.deadline(), provider]
+        let watch = host.watch.as_ref().and_then(Watch::deadline);
+        [guest, host.server.deadline(), provider, watch]
             .into_iter()
             .flatten()
             .min()
@@ -544,6 +562,7 @@ impl Machine {
             busy = true;
             host.handle(event);
         }
+        busy |= host.look(now);
         let mut interrupts = Vec::new();
         let Host {
             open,
@@ -595,6 +614,12 @@ impl Host {
                 self.check_lent(handle);
             }
             Event::Disconnected => {
+                if let Some(watch) = self.watch.take()
+                    && watch.page().handle_count() == 1
+                {
+                    self.complaints
+                        .push("monitor pages were given back while the host had them");
+                }
                 let gone = core::mem::take(&mut self.closing);
                 gone.iter().for_each(|channel| self.check(channel));
                 let open = core::mem::take(&mut self.open);
@@ -615,8 +640,27 @@ impl Host {
                 }
             }
             Event::Dropped { reason, .. } => self.complaints.push(reason),
-            Event::Connected(_) | Event::Released(_) => {}
+            Event::Connected(_) => {
+                let pages = self.server.monitor_pages();
+                self.watch = pages.and_then(|pages| Watch::new(&self.memory, pages));
+                if pages.is_some() && self.watch.is_none() {
+                    self.complaints.push("the monitor pages are not shared");
+                }
+            }
+            Event::Released(_) => {}
         }
+    }
+
+    /// Looks at the monitor page. Returns whether anything was there.
+    fn look(&mut self, now: u64) -> bool {
+        let bits = self.watch.as_mut().and_then(|watch| watch.poll(now).ok());
+        let bits = bits.unwrap_or_default();
+        for &bit in &bits {
+            self.monitored_signals += 1;
+            // A channel may have been closed since.
+            self.signalled.extend(self.server.monitored_channel(bit));
+        }
+        !bits.is_empty()
     }
 
     /// The guest cannot know yet that the host is done with the memory, so it must still have it.
@@ -651,6 +695,10 @@ impl Host {
         let channel = channel.map(|channel| channel.reaching(&self.memory, self.server.gpadls()));
         let status = match (channel, self.providers.get_mut(&id)) {
             (Some(mut channel), Some(provider)) if self.open_status.is_success() => {
+                if let (Some(watch), Some(bit)) = (&self.watch, self.server.monitor_bit(id)) {
+                    let latency = self.server.profile().monitor_latency;
+                    let _ = watch.set_up(bit, self.server.event_connection(id), latency);
+                }
                 let status = provider.opened(&mut channel);
                 if status.is_success() {
                     self.open.insert(id, channel);

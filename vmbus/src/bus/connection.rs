@@ -493,7 +493,12 @@ impl Connection {
     }
 
     fn offered(&mut self, io: &mut Io, wire: &OfferChannel) -> Result<(), Violation> {
-        let offer = Offer::from_wire(wire)?;
+        let mut offer = Offer::from_wire(wire)?;
+        if self.agreement.monitored
+            && let Err(violation) = offer.take_monitor(wire)
+        {
+            io.violation(violation);
+        }
         match self.position(offer.channel) {
             Ok(_) => Err(Violation::DuplicateOffer(offer.channel)),
             Err(position) => {

@@ -394,6 +394,13 @@ pub enum Violation {
     },
     /// An offer of a channel number that no channel can have.
     BadChannelId(ChannelId),
+    /// An offer names a monitor bit that no page has. The channel is there without it.
+    BadMonitorId {
+        /// The channel.
+        channel: ChannelId,
+        /// The bit.
+        id: u8,
+    },
     /// An offer of a channel number that is in use.
     DuplicateOffer(ChannelId),
     /// The host named a message connection that no hypervisor has.
@@ -435,6 +442,12 @@ impl fmt::Display for Violation {
                     f,
                     "offer of channel {channel}, which is not 1 to {}",
                     ChannelId::MAX
+                )
+            }
+            Self::BadMonitorId { channel, id } => {
+                write!(
+                    f,
+                    "offer of channel {channel} with monitor bit {id}, which is not 0 to 127"
                 )
             }
             Self::DuplicateOffer(channel) => {

@@ -28,6 +28,7 @@ use self::negotiation::{Negotiation, Step};
 use crate::hypervisor::PostError;
 use crate::ids::{ChannelId, ConnectionId, GpadlHandle, VpIndex};
 use crate::protocol::message::{RequestOffers, Unload};
+use crate::protocol::monitor::MonitorPages;
 use crate::protocol::sizes::{Direction, MessageInfo};
 use crate::protocol::{
     FeatureFlags, Guid, Header, LEGACY_CONNECTION, MessageType, Payload, Version,
@@ -56,6 +57,9 @@ pub struct Config {
     pub versions: Vec<Version>,
     /// The VP that channel messages shall go to; its SynIC is enabled.
     pub target_vp: VpIndex,
+    /// Whether the stack shares two pages for monitored notification with the host. Channels use them only where their
+    /// drivers choose so; without the pages every signal is a hypercall, which is always accepted and faster.
+    pub monitor_pages: bool,
     /// How long to wait for the answer to one INITIATE_CONTACT: 2 s. At worst there is one for each version and
     /// one more.
     pub contact_timeout: u64,
@@ -70,6 +74,7 @@ impl Default for Config {
         Self {
             versions: VERSIONS.into(),
             target_vp: VpIndex(0),
+            monitor_pages: false,
             contact_timeout: 2 * SECOND,
             response_timeout: 10 * SECOND,
             unload_timeout: 30 * SECOND,
@@ -120,6 +125,7 @@ pub struct Bus {
     message_connection: ConnectionId,
     next_gpadl: u32,
     next_open_id: u32,
+    monitor: Option<MonitorPages>,
 }
 
 #[derive(Debug)]
@@ -146,7 +152,19 @@ impl Bus {
             message_connection: LEGACY_CONNECTION,
             next_gpadl: 1,
             next_open_id: 1,
+            monitor: None,
         }
+    }
+
+    /// Sets the monitor pages that the host is given at the next [`connect`](Self::connect): zeroed, and shared with it
+    /// until [`Event::Unloaded`] or for good. `None`, as at the start: offers come without monitor bits.
+    pub fn set_monitor_pages(&mut self, pages: Option<MonitorPages>) {
+        self.monitor = pages;
+    }
+
+    /// What the bus was made with.
+    pub const fn config(&self) -> &Config {
+        &self.config
     }
 
     /// Makes contact with the host. Ends with [`Event::Connected`] or [`Event::ConnectFailed`].
@@ -476,14 +494,17 @@ impl Bus {
         match (step, core::mem::replace(&mut self.state, State::Idle)) {
             (Step::Try(attempt), State::Negotiating { negotiation, .. }) => {
                 self.message_connection = attempt.connection;
-                self.io
-                    .send_payload(Subject::Contact, attempt.message(&self.config));
+                self.io.send_payload(
+                    Subject::Contact,
+                    attempt.message(&self.config, self.monitor),
+                );
                 self.state = State::Negotiating {
                     negotiation,
                     deadline: now.saturating_add(self.config.contact_timeout),
                 };
             }
-            (Step::Agreed(agreement), State::Negotiating { negotiation, .. }) => {
+            (Step::Agreed(mut agreement), State::Negotiating { negotiation, .. }) => {
+                agreement.monitored = self.monitor.is_some();
                 self.message_connection = agreement.connection;
                 self.io.send(Subject::RequestOffers, &RequestOffers {});
                 self.io.report(Event::Connected {

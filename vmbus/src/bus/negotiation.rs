@@ -13,10 +13,11 @@ use zerocopy::little_endian::{U16, U32, U64};
 use super::Config;
 use super::event::{ConnectError, Violation};
 use crate::hypervisor::PostError;
-use crate::ids::ConnectionId;
+use crate::ids::{ConnectionId, PAGE_SIZE, PageNumber};
 use crate::protocol::message::{
     ContactTarget, Header, InitiateContact, ResponseFeatures, VersionResponse,
 };
+use crate::protocol::monitor::MonitorPages;
 use crate::protocol::{
     Body, ConnectionState, FeatureFlags, LEGACY_CONNECTION, MULTICLIENT_CONNECTION, MessageType,
     Payload, SINT, Version,
@@ -37,8 +38,15 @@ pub(super) struct Attempt {
 
 impl Attempt {
     /// The message for this attempt (spec vmbus.md 3.4: each field from its version on).
-    pub(super) fn message(self, config: &Config) -> Payload {
+    pub(super) fn message(self, config: &Config, monitor: Option<MonitorPages>) -> Payload {
         let since = |version| self.version >= version;
+        let address = |page: PageNumber| U64::new(page.0.saturating_mul(PAGE_SIZE as u64));
+        let pages = monitor.map_or((U64::ZERO, U64::ZERO), |pages| {
+            (
+                address(pages.parent_to_child),
+                address(pages.child_to_parent),
+            )
+        });
         Payload::new(&InitiateContact {
             version: U32::new(self.version.0),
             target_vp: U32::new(if since(Version::V3_0) {
@@ -53,8 +61,8 @@ impl Attempt {
                 reserved: U16::ZERO,
                 features: U32::new(if since(Version::V6_0) { FEATURES.0 } else { 0 }),
             },
-            parent_to_child_monitor: U64::ZERO,
-            child_to_parent_monitor: U64::ZERO,
+            parent_to_child_monitor: pages.0,
+            child_to_parent_monitor: pages.1,
         })
     }
 }
@@ -77,6 +85,8 @@ pub(super) struct Agreement {
     pub(super) features: FeatureFlags,
     /// Where messages go from now on.
     pub(super) connection: ConnectionId,
+    /// Whether the host was given monitor pages.
+    pub(super) monitored: bool,
 }
 
 /// What is known about connection 4.
@@ -167,6 +177,7 @@ impl Negotiation {
                 FeatureFlags::NONE
             },
             connection,
+            monitored: false,
         })))
     }
 

@@ -3,6 +3,7 @@
 use super::event::Violation;
 use crate::ids::{ChannelId, ConnectionId};
 use crate::protocol::message::OfferChannel;
+use crate::protocol::monitor::MonitorId;
 use crate::protocol::{Guid, OfferFlags, interface};
 
 /// A channel as the host offered it (spec vmbus.md 3.1).
@@ -24,8 +25,8 @@ pub struct Offer {
     pub optional_mmio_megabytes: u16,
     /// Defined by the device.
     pub user_data: [u8; 120],
-    /// The channel's bit in the monitor page, where the host allocated one.
-    pub monitor_id: Option<u8>,
+    /// The channel's bit in the monitor pages, if guest and host have such pages and the host allocated one.
+    pub monitor_id: Option<MonitorId>,
     /// Whether the channel has an event connection of its own; all have on the hosts of today.
     pub dedicated_interrupt: bool,
     /// The event connection to signal.
@@ -53,9 +54,24 @@ impl Offer {
             mmio_megabytes: wire.mmio_megabytes.get(),
             optional_mmio_megabytes: wire.optional_mmio_megabytes.get(),
             user_data: wire.user_data,
-            monitor_id: (wire.monitor_allocated & 1 != 0).then_some(wire.monitor_id),
+            monitor_id: None,
             dedicated_interrupt: wire.dedicated_interrupt.get() & 1 != 0,
             connection: ConnectionId(wire.connection.get()),
         })
+    }
+
+    /// Takes the channel's bit in the monitor pages off the wire. A bit that does not exist is none: the channel
+    /// can be signalled without it.
+    pub(super) fn take_monitor(&mut self, wire: &OfferChannel) -> Result<(), Violation> {
+        if wire.monitor_allocated & 1 != 0 {
+            self.monitor_id = MonitorId::new(wire.monitor_id);
+            if self.monitor_id.is_none() {
+                return Err(Violation::BadMonitorId {
+                    channel: self.channel,
+                    id: wire.monitor_id,
+                });
+            }
+        }
+        Ok(())
     }
 }

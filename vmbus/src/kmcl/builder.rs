@@ -42,6 +42,7 @@ pub struct ChannelBuilder {
     pub(super) target_vp: Option<VpIndex>,
     pub(super) user_data: [u8; 120],
     pub(super) pipe: bool,
+    pub(super) monitored: bool,
     pub(super) passive: bool,
     pub(super) start_paused: bool,
     pub(super) callbacks: Callbacks,
@@ -184,6 +185,7 @@ impl ChannelBuilder {
             target_vp: None,
             user_data: [0; 120],
             pipe: false,
+            monitored: false,
             passive: false,
             callbacks: Callbacks::default(),
         }
@@ -286,6 +288,14 @@ impl ChannelBuilder {
     /// Messages have a pipe header; no transactions, no external data.
     pub fn pipe(mut self) -> Self {
         self.pipe = true;
+        self
+    }
+
+    /// Signals go through the monitor page where the host gave the channel a bit in it: cheaper for this end, and
+    /// seen later by the other (see [`Channel::set_interrupt_latency`]). Without this, and for channels
+    /// without a bit, each signal is a hypercall, which every host accepts at once.
+    pub fn monitored_notification(mut self) -> Self {
+        self.monitored = true;
         self
     }
 

@@ -17,6 +17,7 @@ use super::error::ChannelError;
 use super::gpadl::Gpadls;
 use super::incoming::Pool;
 use super::lifecycle::Lifecycle;
+use super::monitor::Monitor;
 use super::quota::Quota;
 use super::request::Runner;
 use super::sender::{Gate, SendSide};
@@ -156,6 +157,7 @@ pub(crate) struct Shared {
     pub(super) send: DispatchLock<SendSide>,
     /// When to look for room in a ring whose consumer does not signal it; reference time.
     pub(super) poll_at: AtomicU64,
+    pub(super) monitor: Monitor,
     /// When the time of a request is over, the earliest first; reference time. May name one that has ended.
     pub(super) request_at: AtomicU64,
     /// Who runs a state-change callback.
@@ -204,6 +206,7 @@ impl Shared {
             )),
             send: DispatchLock::new(SendSide::new(packets, buffers)),
             poll_at: AtomicU64::new(u64::MAX),
+            monitor: Monitor::default(),
             request_at: AtomicU64::new(u64::MAX),
             caller: Runner::default(),
             batch_runner: Runner::default(),
@@ -335,6 +338,9 @@ impl Shared {
     }
 
     pub(super) fn signal_host(&self) {
+        if self.signal_monitored() {
+            return;
+        }
         self.counters.signals_sent.add(1);
         let connection = ConnectionId(self.connection.load(Ordering::Relaxed));
         self.client.hypervisor.signal_event(connection, 0);

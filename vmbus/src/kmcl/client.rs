@@ -13,6 +13,7 @@ use spin::{Mutex, Once};
 
 use super::channel::{Channel, Shared};
 use super::deferred::Deferred;
+use super::monitor::MonitorMemory;
 use crate::hypervisor::{Hypervisor, Level};
 use crate::ids::{ChannelId, VpIndex};
 use crate::sync::DispatchLock;
@@ -42,6 +43,8 @@ pub(crate) struct Inner {
     pub(crate) channels: Mutex<Vec<Channel>>,
     /// Memory that the host may still touch although nobody uses it. PASSIVE only.
     kept: Mutex<Vec<Box<dyn Any + Send>>>,
+    /// The pages for signals without hypercalls. PASSIVE only.
+    pub(crate) monitor: Mutex<Option<MonitorMemory>>,
     /// Counts what async code may wait for.
     changes: AtomicU64,
     wakers: DispatchLock<Vec<Waker>>,
@@ -68,6 +71,7 @@ impl Client {
             attention: AtomicBool::new(false),
             channels: Mutex::new(Vec::new()),
             kept: Mutex::new(Vec::new()),
+            monitor: Mutex::new(None),
             changes: AtomicU64::new(0),
             wakers: DispatchLock::new(Vec::new()),
             default_vp,

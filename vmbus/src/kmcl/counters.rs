@@ -36,8 +36,10 @@ counters! {
     batches,
     /// Packets written to the ring, completions of ours included.
     packets_sent,
-    /// Signals to the host.
+    /// Signals to the host by hypercall.
     signals_sent,
+    /// Signals to the host through the monitor page.
+    signals_monitored,
     /// Writes to the ring after which no signal was due.
     signals_suppressed,
     /// Packets that the driver deferred to PASSIVE.

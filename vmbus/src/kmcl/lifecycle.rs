@@ -145,6 +145,7 @@ impl Channel {
                 mmio_megabytes: offer.mmio_megabytes,
             });
         }
+        shared.monitor.bind(&shared.client, offer.monitor_id);
         let pages = config.outgoing_pages() + config.incoming_pages() + 2;
         let memory = match shared.client.hypervisor.share_pages(pages) {
             Ok(memory) => memory,
@@ -668,6 +669,7 @@ impl Channel {
             (lifecycle.bound.take(), lifecycle.announced)
         };
         let rescinded = shared.rescinded.swap(false, Ordering::SeqCst);
+        shared.monitor.bind(&shared.client, None);
         if rescinded && let Some(bound) = bound {
             // Refused when the connection is gone, and then nobody waits for it.
             let _ = bus.lock().release(bound.channel);

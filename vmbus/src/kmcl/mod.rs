@@ -17,6 +17,7 @@ mod external;
 mod gpadl;
 mod incoming;
 mod lifecycle;
+mod monitor;
 mod outgoing;
 mod pipe;
 mod quota;
@@ -38,6 +39,7 @@ pub use error::{
 pub use external::{ExternalData, ExternalDataError};
 pub use gpadl::{CreateGpadl, DeleteGpadl, Gpadl, GpadlAccess, GpadlError, GpadlSource};
 pub use incoming::{IncomingPacket, ReceivedPacket};
+pub use monitor::LatencyError;
 pub use outgoing::{
     CompletionFunction, CompletionRoutine, MessageError, OutgoingPacket, SendFlags, UserData,
 };
@@ -54,3 +56,4 @@ pub use crate::ring::{
 pub use crate::shared::SharedPages;
 
 pub(crate) use client::{Inner, Serve};
+pub(crate) use monitor::MonitorMemory;

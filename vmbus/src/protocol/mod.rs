@@ -7,6 +7,7 @@
 pub mod guid;
 pub mod interface;
 pub mod message;
+pub mod monitor;
 pub mod sizes;
 
 use core::fmt;

@@ -2,8 +2,10 @@
 
 use vmbus::bus::{Bus, Config, ConnectError, Event, VERSIONS, Violation};
 use vmbus::hypervisor::PostError;
+use vmbus::ids::PageNumber;
 use vmbus::ids::{ChannelId, ConnectionId, VpIndex};
 use vmbus::protocol::message::{InitiateContact, OfferChannel};
+use vmbus::protocol::monitor::{MonitorId, MonitorPages};
 use vmbus::protocol::{
     Body, ConnectionState, FeatureFlags, Guid, MessageType, Payload, Version, interface,
 };
@@ -455,7 +457,7 @@ fn offers_say_what_the_host_said() {
             sub_channel_index: 0,
             mmio_megabytes: 12,
             user_data: [7; 120],
-            monitor_id: Some(9),
+            monitor_id: MonitorId::new(9),
             ..Device::new(interface::VIDEO, Guid([5; 16]))
         };
         let channel = world.server.add(device).unwrap();
@@ -474,6 +476,84 @@ fn offers_say_what_the_host_said() {
         assert_eq!(offer.monitor_id, None, "there are no monitor pages");
         assert!(offer.dedicated_interrupt);
         world.assert_clean();
+    }
+}
+
+const MONITOR: MonitorPages = MonitorPages {
+    parent_to_child: PageNumber(0x123),
+    child_to_parent: PageNumber(0x10_0456),
+};
+
+#[test]
+fn hosts_are_given_both_monitor_pages_in_every_version() {
+    for profile in PROFILES {
+        for version in VERSIONS {
+            if !profile().versions.contain(version) {
+                continue;
+            }
+            let mut world = World::new(profile(), Config::default().up_to(version));
+            let device = Device {
+                monitor_id: MonitorId::new(127),
+                ..Device::new(interface::VIDEO, Guid([5; 16]))
+            };
+            let channel = world.server.add(device).unwrap();
+            for pages in [Some(MONITOR), None] {
+                world.bus.set_monitor_pages(pages);
+                world.bus.connect(world.now);
+                world.wait(|event| *event == Event::AllOffersDelivered);
+                let contact = world.posted.iter().rev().find_map(|(_, payload)| {
+                    InitiateContact::parse(payload).map(|(contact, _)| *contact)
+                });
+                let contact = contact.unwrap();
+                let expected = if pages.is_some() {
+                    (0x12_3000, 0x1_0045_6000)
+                } else {
+                    (0, 0)
+                };
+                assert_eq!(
+                    (
+                        contact.parent_to_child_monitor.get(),
+                        contact.child_to_parent_monitor.get()
+                    ),
+                    expected
+                );
+                let monitors = world.server.profile().monitors;
+                assert_eq!(world.server.monitor_pages(), pages.filter(|_| monitors));
+                let offer = world.bus.offers().find(|offer| offer.channel == channel);
+                let expected = MonitorId::new(127).filter(|_| monitors && pages.is_some());
+                assert_eq!(offer.unwrap().monitor_id, expected);
+                world.assert_clean();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_monitor_bit_that_no_page_has_is_a_violation_and_the_channel_is_there() {
+    for (monitored, id) in [(true, 127), (true, 128), (true, 255), (false, 255)] {
+        let mut world = World::new(Profile::hyper_v(), Config::default());
+        world.bus.set_monitor_pages(monitored.then_some(MONITOR));
+        world.bus.connect(world.now);
+        world.wait(|event| *event == Event::AllOffersDelivered);
+        world.events.clear();
+        let channel = ChannelId(77);
+        let offer = OfferChannel {
+            channel: channel.0.into(),
+            monitor_id: id,
+            monitor_allocated: 1,
+            ..OfferChannel::new_zeroed()
+        };
+        world.bus.receive(world.now, &Payload::new(&offer));
+        let offered = world.wait(|event| matches!(event, Event::Offered(_)));
+        let Event::Offered(offer) = offered else {
+            panic!()
+        };
+        assert_eq!(offer.monitor_id, MonitorId::new(id).filter(|_| monitored));
+        let violation = Violation::BadMonitorId { channel, id };
+        assert_eq!(
+            world.events.contains(&Event::Violation(violation)),
+            monitored && id > 127
+        );
     }
 }
 

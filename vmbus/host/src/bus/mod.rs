@@ -23,6 +23,7 @@ use vmbus::protocol::message::{
     OpenChannel, OpenChannelResult, RelidReleased, RescindChannelOffer, ResponseFeatures,
     UnloadComplete, VersionResponse,
 };
+use vmbus::protocol::monitor::{MonitorId, MonitorPages};
 use vmbus::protocol::sizes::{Direction, MessageInfo};
 use vmbus::protocol::{
     Body, ConnectionState, FeatureFlags, Guid, Header, LEGACY_CONNECTION, MULTICLIENT_CONNECTION,
@@ -71,7 +72,7 @@ pub struct Device {
     /// Defined by the device.
     pub user_data: [u8; 120],
     /// Its bit in the monitor page, if it wants one and the host and the guest have such pages.
-    pub monitor_id: Option<u8>,
+    pub monitor_id: Option<MonitorId>,
     /// Offered only when all others have been, as Hyper-V may do with integration components.
     pub late: bool,
 }
@@ -215,15 +216,6 @@ struct Connection {
     vp: VpIndex,
     monitor_pages: Option<MonitorPages>,
     offers_requested: bool,
-}
-
-/// The pages through which both ends signal without a hypercall (spec vmbus.md 5.3).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct MonitorPages {
-    /// The one that the host writes.
-    pub parent_to_child: PageNumber,
-    /// The one that the guest writes.
-    pub child_to_parent: PageNumber,
 }
 
 #[derive(Debug)]
@@ -451,8 +443,14 @@ impl Server {
             .filter(|_| self.profile.monitors)
     }
 
+    /// The bit of a channel in the monitor pages, if both ends have such pages.
+    pub fn monitor_bit(&self, id: ChannelId) -> Option<MonitorId> {
+        self.monitor_pages()?;
+        self.channels.get(&id)?.device.monitor_id
+    }
+
     /// The open channel that has this bit in the monitor pages.
-    pub fn monitored_channel(&self, monitor_id: u8) -> Option<ChannelId> {
+    pub fn monitored_channel(&self, monitor_id: MonitorId) -> Option<ChannelId> {
         let mut channels = self.channels.iter();
         let of = |channel: &Channel| {
             channel.device.monitor_id == Some(monitor_id)
@@ -729,13 +727,11 @@ impl Server {
     }
 
     fn offer(&mut self, id: ChannelId) {
-        let (Some(channel), Some(connection)) = (self.channels.get(&id), self.connection) else {
+        let Some(channel) = self.channels.get(&id) else {
             return;
         };
         let device = &channel.device;
-        let monitor_id = device
-            .monitor_id
-            .filter(|_| self.profile.monitors && connection.monitor_pages.is_some());
+        let monitor_id = self.monitor_bit(id);
         let offer = OfferChannel {
             interface: device.interface,
             instance: device.instance,
@@ -746,7 +742,7 @@ impl Server {
             sub_channel_index: U16::new(device.sub_channel_index),
             optional_mmio_megabytes: U16::new(device.optional_mmio_megabytes),
             channel: U32::new(id.0),
-            monitor_id: monitor_id.unwrap_or(0xFF),
+            monitor_id: monitor_id.map_or(0xFF, MonitorId::number),
             monitor_allocated: u8::from(monitor_id.is_some()),
             dedicated_interrupt: U16::new(1),
             connection: U32::new(self.event_connection(id).0),

@@ -95,6 +95,9 @@ pub struct Profile {
     pub sub_channels_end_with_primary: bool,
     /// Whether it gives channels a bit in the monitor pages, when the guest has such pages.
     pub monitors: bool,
+    /// How long a bit may wait to be seen, in units of 100 ns, until the guest says otherwise. Hyper-V's value is not
+    /// public.
+    pub monitor_latency: u16,
 }
 
 /// All versions but the drafts.
@@ -136,6 +139,7 @@ impl Profile {
             rescind_order: RescindOrder::SubChannelsFirst,
             sub_channels_end_with_primary: true,
             monitors: false,
+            monitor_latency: 0,
         }
     }
 
@@ -166,6 +170,7 @@ impl Profile {
             rescind_order: RescindOrder::SubChannelsFirst,
             sub_channels_end_with_primary: true,
             monitors: false,
+            monitor_latency: 0,
         }
     }
 
@@ -195,6 +200,7 @@ impl Profile {
             rescind_order: RescindOrder::PrimaryFirst,
             sub_channels_end_with_primary: false,
             monitors: true,
+            monitor_latency: 1000,
         }
     }
 

@@ -7,6 +7,8 @@ mod dispatcher;
 mod hosts;
 mod integration;
 mod lifecycle;
+mod memory;
+mod monitor;
 mod raw;
 mod requests;
 mod sending;

@@ -49,8 +49,13 @@ pub struct Vm {
 impl Vm {
     /// A guest that is not connected yet.
     pub fn new(profile: Profile) -> Self {
+        Self::with_config(profile, Config::default())
+    }
+
+    /// The same, with settings of the stack.
+    pub fn with_config(profile: Profile, config: Config) -> Self {
         let machine = Machine::new(profile);
-        let vmbus = Vmbus::new(machine.clone(), Config::default());
+        let vmbus = Vmbus::new(machine.clone(), config);
         machine.attach(Arc::new(GuestEnd(vmbus.clone())));
         Self { machine, vmbus }
     }
