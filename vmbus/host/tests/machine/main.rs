@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
 mod balloon;
+mod blocking;
 mod dispatcher;
+mod gpadls;
 mod hosts;
 mod integration;
 mod lifecycle;
