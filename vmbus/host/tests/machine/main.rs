@@ -15,4 +15,5 @@ mod raw;
 mod requests;
 mod sending;
 mod simulation;
+mod subchannels;
 mod support;

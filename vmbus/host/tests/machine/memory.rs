@@ -1,13 +1,18 @@
-//! Memory that the guest lends, as the host reaches it: in packets, and interrupts on the VP that was asked for.
+//! Memory that the guest lends, as the host reaches it: in packets and as GPADLs; and interrupts on the VP that was asked for.
 
+use std::future::Future;
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
 
 use vmbus::hypervisor::Hypervisor;
-use vmbus::ids::VpIndex;
-use vmbus::kmcl::{ExternalData, SendFlags};
+use vmbus::ids::{PAGE_SIZE, VpIndex};
+use vmbus::kmcl::{ExternalData, SendFlags, State};
+use vmbus::protocol::MessageType;
+use vmbus_host::bus::{Access, Device, Fault, Profile, Rule};
+use vmbus_host::machine::Manual;
 use vmbus_host::memory::AccessError;
 
-use crate::support::{Journal, Vm, is_active};
+use crate::support::{INSTANCE, INTERFACE, Journal, SECOND, Vm, is_active};
 
 #[test]
 fn the_host_reads_and_writes_the_memory_of_a_packet_until_it_completes_it() {
@@ -73,5 +78,107 @@ fn interrupts_come_on_the_target_vp() {
         assert_eq!(vm.machine.interrupted_vp(id), Some(vp));
         assert_eq!(vm.machine.current_vp(), VpIndex(0));
         vm.assert_well_behaved();
+    }
+}
+
+/// What a driver lends for longer than a packet (spec kmcl.md 1.10).
+#[test]
+fn the_host_maps_a_gpadl_and_the_guest_gets_it_back_when_it_is_unmapped() {
+    for profile in [Profile::openvmm(), Profile::hyper_v(), Profile::qemu()] {
+        let vm = Vm::new(profile);
+        let id = vm.machine.add(Device::new(INTERFACE, INSTANCE), Manual);
+        let id = id.unwrap();
+        vm.connect();
+        let channel = vm.enable(&Journal::default().builder(|_, packet| packet.complete(&[])));
+        let client = vm.vmbus.client();
+        let gpadl = channel.channel().allocate_gpadl(3).unwrap();
+        let gpadl = client.block_on(gpadl).unwrap().unwrap();
+        let memory = gpadl.memory().unwrap().clone();
+        let runs = vm.machine.shared_runs();
+        let handles = vm.host(id, |host| host.gpadls());
+        assert_eq!(handles, [gpadl.handle()]);
+
+        let mapped = vm.host(id, |host| host.map_gpadl(gpadl.handle(), Access::ReadWrite));
+        let mapped = mapped.unwrap();
+        assert_eq!(mapped.len(), 3 * PAGE_SIZE);
+        mapped.write(PAGE_SIZE - 2, b"host").unwrap();
+        let mut bytes = [0; 4];
+        memory.read(PAGE_SIZE - 2, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"host");
+        drop(memory);
+
+        let mut gone = Box::pin(gpadl.delete());
+        let mut context = Context::from_waker(Waker::noop());
+        vm.machine.settle();
+        vm.machine.advance(100 * SECOND);
+        assert!(
+            gone.as_mut().poll(&mut context).is_pending(),
+            "it is mapped"
+        );
+        assert_eq!(vm.machine.shared_runs(), runs);
+        mapped.read(0, &mut bytes).unwrap();
+        drop(mapped);
+        vm.machine.settle();
+        assert!(gone.as_mut().poll(&mut context).is_ready());
+        drop(gone);
+        assert_eq!(vm.machine.shared_runs(), runs - 1);
+        vm.assert_well_behaved();
+    }
+}
+
+#[test]
+fn a_mapping_for_reading_does_not_write() {
+    let (vm, id) = Vm::with_device();
+    let channel = vm.enable(&Journal::default().builder(|_, packet| packet.complete(&[])));
+    let gpadl = channel.channel().allocate_gpadl(1).unwrap();
+    let gpadl = vm.vmbus.client().block_on(gpadl).unwrap().unwrap();
+    let mapped = vm.host(id, |host| host.map_gpadl(gpadl.handle(), Access::Read));
+    let mapped = mapped.unwrap();
+    assert_eq!(mapped.write(0, &[1]), Err(AccessError::ReadOnly));
+    assert_eq!(mapped.read(4096, &mut [0]), Err(AccessError::OutOfBounds));
+    vm.machine.rescind(id);
+    assert_eq!(mapped.read(0, &mut [0]), Err(AccessError::Revoked));
+    vm.machine.advance(20 * SECOND);
+    assert_eq!(channel.channel().state(), State::Disabled);
+    drop(gpadl);
+}
+
+/// The host answers late, or never: the driver is told, and no memory is given back too early.
+#[test]
+fn a_gpadl_whose_channel_goes_meanwhile_ends() {
+    for profile in [Profile::openvmm(), Profile::hyper_v()] {
+        for message in [MessageType::GPADL_CREATED, MessageType::GPADL_TORNDOWN] {
+            for fault in [Fault::Drop, Fault::Delay(SECOND)] {
+                let vm = Vm::new(profile.clone());
+                let id = vm.machine.add(Device::new(INTERFACE, INSTANCE), Manual);
+                let id = id.unwrap();
+                vm.connect();
+                let journal = Journal::default();
+                let channel = vm.enable(&journal.builder(|_, packet| packet.complete(&[])));
+                vm.machine
+                    .server(|server| server.inject(Rule::once(message, fault)));
+                let gpadl = channel.channel().allocate_gpadl(60).unwrap();
+                let mut gpadl = Box::pin(gpadl);
+                let mut context = Context::from_waker(Waker::noop());
+                vm.machine.settle();
+                let mut delete = None;
+                if let Poll::Ready(gpadl) = gpadl.as_mut().poll(&mut context) {
+                    delete = Some(Box::pin(gpadl.unwrap().delete()));
+                }
+                vm.machine.settle();
+                vm.machine.rescind(id);
+                vm.machine.advance(60 * SECOND);
+                match &mut delete {
+                    Some(delete) => assert!(delete.as_mut().poll(&mut context).is_ready()),
+                    None => assert!(matches!(
+                        gpadl.as_mut().poll(&mut context),
+                        Poll::Ready(Err(_))
+                    )),
+                }
+                assert_eq!(channel.channel().state(), State::Disabled);
+                assert_eq!(vm.vmbus.snapshot().offers.len(), 0);
+                vm.assert_well_behaved();
+            }
+        }
     }
 }
