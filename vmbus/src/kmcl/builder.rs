@@ -8,9 +8,8 @@ use core::num::NonZeroU16;
 use super::channel::{Channel, DisabledChannel, EnabledChannel, Shared};
 use super::raw::OnSignal;
 use super::{ChannelError, Client, ReceivedPacket, Refused, pipe};
-use crate::ids::{PAGE_SIZE, VpIndex};
+use crate::ids::VpIndex;
 use crate::protocol::Guid;
-use crate::ring::largest_packet;
 
 pub(super) type ProcessPacket = dyn Fn(&Channel, ReceivedPacket<'_>) + Send + Sync;
 pub(super) type ProcessingComplete = dyn Fn(&Channel, u32) + Send + Sync;
@@ -498,7 +497,7 @@ impl ChannelBuilder {
         if pages > crate::bus::MAX_PAGES {
             return Err(ConfigError::RingTooLarge { pages });
         }
-        let limit = largest_packet(self.outgoing_pages() * PAGE_SIZE) as usize;
+        let limit = self.packet_limit() as usize;
         let need = self.largest_packet();
         if need > limit {
             return Err(ConfigError::RingTooSmall { need, limit });

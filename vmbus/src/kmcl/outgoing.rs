@@ -360,9 +360,7 @@ impl ChannelBuilder {
 impl Shared {
     /// A packet, new or used before.
     pub(super) fn take_packet(&self) -> Result<Box<Body>, AllocateError> {
-        if self.config.callbacks.on_signal.is_some() {
-            return Err(AllocateError::Raw);
-        }
+        self.check_mode()?;
         let hypervisor = &*self.client.hypervisor;
         let maximum = self.config.maximum_packet_count;
         if let Some(body) = self.send.lock(hypervisor).reuse(maximum)? {
@@ -371,6 +369,14 @@ impl Shared {
         let mut body = Box::new(Body::new(&self.config)?);
         body.slot = self.send.lock(hypervisor).add_slot(maximum)?;
         Ok(body)
+    }
+
+    /// Refuses a channel in raw mode.
+    pub(super) fn check_mode(&self) -> Result<(), AllocateError> {
+        match self.config.callbacks.on_signal {
+            Some(_) => Err(AllocateError::Raw),
+            None => Ok(()),
+        }
     }
 
     /// Checks a send before the lock is taken, and writes the list of lent pages.

@@ -157,6 +157,7 @@ impl Channel {
     /// ended, [`RequestError::Send`] when it can never be sent.
     pub fn try_send(&self, data: &[u8]) -> Result<(), RequestError> {
         let shared = self.shared();
+        shared.check_mode().map_err(RequestError::Allocate)?;
         shared.check_data(data).map_err(RequestError::Send)?;
         shared.send_now(data).map_err(RequestError::from)
     }

@@ -7,6 +7,7 @@ use core::mem;
 use core::sync::atomic::Ordering;
 use core::task::{Poll, Waker};
 
+use super::builder::ChannelBuilder;
 use super::channel::{Channel, Shared};
 use super::error::{AllocateError, ChannelError, PacketError, SendFailure};
 use super::incoming::Content;
@@ -703,7 +704,7 @@ impl Shared {
 
     /// The most bytes that a packet may take in the outgoing ring.
     pub(super) fn largest_packet(&self) -> u32 {
-        largest_packet(self.config.outgoing_pages() * PAGE_SIZE).min(LARGEST_PACKET)
+        self.config.packet_limit()
     }
 
     fn push_failed(&self, error: PushError) -> SendFailure {
@@ -722,6 +723,14 @@ impl Shared {
         // What the driver left in it is dropped while no lock is held.
         body.forget();
         self.send.lock(&*self.client.hypervisor).aside.push(body);
+    }
+}
+
+impl ChannelBuilder {
+    /// The most bytes that a packet may take in the outgoing ring (spec kmcl.md 1.9).
+    pub(super) fn packet_limit(&self) -> u32 {
+        let data = self.outgoing_pages().saturating_mul(PAGE_SIZE);
+        largest_packet(data).min(LARGEST_PACKET)
     }
 }
 

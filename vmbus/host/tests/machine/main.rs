@@ -11,6 +11,7 @@ mod integration;
 mod lifecycle;
 mod memory;
 mod monitor;
+mod packets;
 mod raw;
 mod requests;
 mod sending;

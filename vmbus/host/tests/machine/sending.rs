@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex};
 
 use vmbus::ids::ChannelId;
 use vmbus::kmcl::{
-    AllocateError, Channel, ChannelError, EnabledChannel, ExternalData, PacketError, SendFailure,
-    SendFlags, State,
+    AllocateError, Channel, ChannelError, EnabledChannel, ExternalData, MessageError, PacketError,
+    RequestError, SendFailure, SendFlags, State, Timeout,
 };
 use vmbus::ring::{Outgoing, PacketBuffer};
 
@@ -429,4 +429,358 @@ fn answers_wait_in_order_when_the_ring_is_full() {
             (Kind::IN_BAND, 0),
         ]
     );
+}
+
+// What the open-source client of the same bus gets wrong (spec kmcl.md 4.3): each defect and what happens here.
+
+/// Where a control page tells how much room the producer waits for (spec vmbus.md 6.1).
+const PENDING_SEND_SIZE: usize = 12;
+
+/// The consumer's offset in the guest's outgoing ring becomes nonsense.
+fn break_outgoing_ring(open: &Open) {
+    open.vm.host(open.id, |host| {
+        host.memory().write(4, &[0xFF; 4]).unwrap();
+    });
+}
+
+#[test]
+fn emcl_1_a_write_that_fails_ends_its_packet_exactly_once() {
+    let open = open();
+    open.send(0, 8, true);
+    open.send(1, 1900, false);
+    open.send(2, 1900, false);
+    assert_eq!(open.ended(), [1, 2]);
+    break_outgoing_ring(&open);
+    let ends = open.ends.clone();
+    let mut packet = open.channel().allocate_packet().unwrap();
+    packet.set_completion_routine(Arc::new(move |_, _| {
+        ends.lock().unwrap().push((3, Ok(vec![])))
+    }));
+    let error = packet.send(&[0; 1900]).unwrap_err();
+    assert!(matches!(error.reason, SendFailure::Ring(_)), "{error}");
+    drop(error);
+    open.vm.machine.settle();
+    assert_eq!(open.channel().state(), State::Disabled);
+    assert_eq!(open.ended(), [0], "the one that was lost, once");
+}
+
+#[test]
+fn emcl_1_a_write_from_the_queue_that_fails_ends_its_packets_exactly_once() {
+    let open = open();
+    open.send(0, 1900, false);
+    open.send(1, 1900, false);
+    let large = [0; 1900];
+    let request = open
+        .channel()
+        .request(&large, ExternalData::new(), Timeout::Never);
+    // Fits the room that was free when it was last looked for; the one behind it does not.
+    open.send(3, 100, false);
+    open.send(4, 1900, true);
+    open.vm.machine.settle();
+    assert_eq!(open.ended(), [0, 1]);
+    break_outgoing_ring(&open);
+    drop(request);
+    open.vm.machine.settle();
+    assert_eq!(open.channel().state(), State::Disabled);
+    let mut ends = open.take_ends();
+    ends.sort_by_key(|(n, _)| *n);
+    assert!(
+        matches!(
+            ends[..],
+            [
+                (3, Err(PacketError::Removed(ChannelError::Ring(_)))),
+                (4, Err(PacketError::Removed(ChannelError::Ring(_))))
+            ]
+        ),
+        "{ends:?}"
+    );
+}
+
+#[test]
+fn emcl_2_a_small_packet_does_not_overtake_queued_large_ones() {
+    let open = open();
+    for n in 0..4 {
+        open.send(n, 1900, false);
+    }
+    for n in 4..6 {
+        open.send(n, 8, n % 2 == 0);
+    }
+    assert!(open.channel().try_send(&6u64.to_le_bytes()).is_err());
+    let mut seen = Vec::new();
+    while seen.len() < 6 {
+        open.vm.machine.settle();
+        let numbers = open.numbers();
+        assert!(!numbers.is_empty(), "after {seen:?}");
+        seen.extend(numbers);
+    }
+    assert_eq!(seen, (0..6).collect::<Vec<_>>());
+}
+
+#[test]
+fn emcl_3_a_later_send_does_not_wipe_the_wish_for_room() {
+    let open = open();
+    for n in 0..3 {
+        open.send(n, 1900, false);
+    }
+    open.vm.machine.settle();
+    let wish = || {
+        open.vm.host(open.id, |host| {
+            let field = host.memory().atomic_u32(PENDING_SEND_SIZE).unwrap();
+            field.load(std::sync::atomic::Ordering::SeqCst)
+        })
+    };
+    assert_eq!(wish(), 1904 + 24);
+    open.send(3, 8, false);
+    assert!(open.channel().try_send(&4u64.to_le_bytes()).is_err());
+    assert_eq!(wish(), 1904 + 24);
+    assert_eq!(open.numbers(), [0, 1]);
+    assert_eq!(
+        open.ended(),
+        [0, 1, 2, 3],
+        "the host has signalled, and nobody else"
+    );
+    assert_eq!(wish(), 0);
+}
+
+#[test]
+fn emcl_4_what_waits_is_bounded_by_the_packet_count() {
+    let open = open();
+    let mut accepted = 0;
+    let refused = loop {
+        match open.channel().send_message(&[0; 1900]) {
+            Ok(()) => accepted += 1,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(
+        refused,
+        MessageError::Allocate(AllocateError::TooMany { maximum: 16 })
+    );
+    assert_eq!(accepted, 16 + 2, "two have entered the ring");
+}
+
+#[test]
+fn emcl_5_closing_ends_what_waits_and_wakes_who_waits() {
+    let open = busy();
+    let asking = open.channel().clone();
+    assert!(open.vm.machine.rescind(open.id));
+    let answer =
+        asking.send_synchronous_request(&[0; 8], ExternalData::new(), Timeout::Never, &mut []);
+    assert_eq!(answer, Err(RequestError::Removed(ChannelError::Rescinded)));
+    all_fail(&open, ChannelError::Rescinded);
+}
+
+// Traps (spec kmcl.md 6.3).
+
+#[test]
+fn a_full_quota_with_both_rings_full_is_no_deadlock() {
+    let (vm, id) = Vm::with_device();
+    let shelf = crate::support::Shelf::default();
+    let holder = shelf.clone();
+    let builder = Journal::default()
+        .builder(move |_, packet| holder.lock().unwrap().push(packet.hold()))
+        .ring_pages(1, 1)
+        .maximum_packet_size(2000)
+        .transaction_quota(2);
+    let channel = vm.enable(&builder);
+    // The guest's ring is full, and the host reads nothing before it has written all that it has to say.
+    for n in 0..3u64 {
+        let mut data = [0; 1900];
+        data[..8].copy_from_slice(&n.to_le_bytes());
+        channel.channel().send_message(&data).unwrap();
+    }
+    let mut written = 0u64;
+    let mut rounds = 0;
+    while written < 40 {
+        vm.host(id, |host| {
+            loop {
+                let question = Outgoing::in_band([&[0; 400], &[]]).with_completion(100 + written);
+                match host.push(&question) {
+                    Ok(()) => written += 1,
+                    Err(vmbus::ring::PushError::Full { need }) => {
+                        host.publish().unwrap();
+                        host.wait_for_room(need).unwrap();
+                        break;
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+                if written == 40 {
+                    host.publish().unwrap();
+                    break;
+                }
+            }
+        });
+        vm.machine.settle();
+        assert!(channel.channel().outstanding_packets() <= 2);
+        for packet in std::mem::take(&mut *shelf.lock().unwrap()) {
+            packet.complete(b"answer!!");
+        }
+        vm.machine.settle();
+        rounds += 1;
+        assert!(rounds < 100, "stuck after {written} packets");
+    }
+    while channel.channel().outstanding_packets() > 0 {
+        for packet in std::mem::take(&mut *shelf.lock().unwrap()) {
+            packet.complete(b"answer!!");
+        }
+        vm.machine.settle();
+    }
+    let mut seen = Vec::new();
+    let mut packet = PacketBuffer::default();
+    while seen.len() < 43 {
+        let before = seen.len();
+        vm.host(id, |host| {
+            while host.receive(&mut packet).unwrap() {
+                seen.push(packet.transaction_id());
+            }
+            host.release().unwrap();
+        });
+        vm.machine.settle();
+        assert!(seen.len() > before, "{seen:?}");
+    }
+    let mut expected = vec![0; 3];
+    expected.extend(100..140);
+    assert_eq!(seen, expected);
+    vm.assert_well_behaved();
+}
+
+#[test]
+fn a_completion_is_owed_even_when_none_was_requested() {
+    let (vm, id) = Vm::with_device();
+    let shelf = crate::support::Shelf::default();
+    let holder = shelf.clone();
+    let builder = Journal::default()
+        .builder(move |_, packet| holder.lock().unwrap().push(packet.hold()))
+        .transaction_quota(1);
+    let channel = vm.enable(&builder);
+    vm.send_all(id, 0..2);
+    assert_eq!(channel.channel().outstanding_packets(), 1);
+    let first = shelf.lock().unwrap().pop().unwrap();
+    assert!(!first.completion_requested());
+    channel.disable();
+    vm.machine.settle();
+    assert_eq!(
+        channel.channel().state(),
+        State::Suspending,
+        "closing waits for it"
+    );
+    first.complete(b"ignored!");
+    vm.machine.settle();
+    assert_eq!(channel.channel().state(), State::Disabled);
+}
+
+// The end of the channel (spec kmcl.md 3, 16 to 18, and 6.1, 17).
+
+#[test]
+fn lent_memory_comes_back_only_when_the_host_has_let_go() {
+    for reason in [
+        ChannelError::Disabled,
+        ChannelError::Rescinded,
+        ChannelError::Unloaded,
+    ] {
+        let (vm, id) = Vm::with_device();
+        let journal = Journal::default();
+        let builder = journal
+            .builder(|_, packet| packet.complete(&[]))
+            .maximum_external_data(4096, 1);
+        let channel = vm.enable(&builder);
+        let page = vmbus::kmcl::SharedPages::from_heap(vmbus::kmcl::PageNumber(0x77), 1).unwrap();
+        let mut external = ExternalData::new();
+        external.push(page.clone(), 0..4096).unwrap();
+        let ends = Arc::new(Mutex::new(Vec::new()));
+        let notes = ends.clone();
+        let mut packet = channel.channel().allocate_packet().unwrap();
+        packet.set_completion_routine(Arc::new(move |mut packet, result| {
+            let back = packet.take_external_data().len();
+            let state = packet.channel().state();
+            notes.lock().unwrap().push((result.map(drop), back, state));
+        }));
+        packet
+            .send_with_external_data(b"command!", external, SendFlags::default())
+            .unwrap();
+        vm.host(id, received);
+        use vmbus::protocol::MessageType;
+        use vmbus_host::bus::{Fault, Rule};
+        for message in [MessageType::GPADL_TORNDOWN, MessageType::UNLOAD_COMPLETE] {
+            vm.machine
+                .server(|server| server.inject(Rule::once(message, Fault::Delay(10_000_000))));
+        }
+        match reason {
+            ChannelError::Disabled => channel.disable(),
+            ChannelError::Rescinded => assert!(vm.machine.rescind(id)),
+            _ => vm.vmbus.begin_unload(),
+        }
+        vm.machine.settle();
+        assert_eq!(channel.channel().state(), State::Closing, "{reason}");
+        assert!(journal.take().contains(&crate::support::Seen::Closed));
+        assert_eq!(*ends.lock().unwrap(), [], "{reason}");
+        assert_eq!(page.handle_count(), 2, "{reason}");
+        vm.machine.advance(20_000_000);
+        let failed = Err(PacketError::Removed(reason));
+        assert_eq!(*ends.lock().unwrap(), [(failed, 4096, State::Closing)]);
+        assert_eq!(channel.channel().state(), State::Disabled, "{reason}");
+        assert_eq!(page.handle_count(), 1, "{reason}");
+        vm.assert_well_behaved();
+    }
+}
+
+#[test]
+fn lent_memory_does_not_come_back_from_a_host_that_never_lets_go() {
+    let (vm, id) = Vm::with_device();
+    let builder = Journal::default()
+        .builder(|_, packet| packet.complete(&[]))
+        .maximum_external_data(4096, 1);
+    let channel = vm.enable(&builder);
+    let page = vmbus::kmcl::SharedPages::from_heap(vmbus::kmcl::PageNumber(0x77), 1).unwrap();
+    let mut external = ExternalData::new();
+    external.push(page.clone(), 0..4096).unwrap();
+    let back = Arc::new(Mutex::new(None));
+    let note = back.clone();
+    let mut packet = channel.channel().allocate_packet().unwrap();
+    packet.set_completion_routine(Arc::new(move |mut packet, result| {
+        let external = packet.take_external_data();
+        *note.lock().unwrap() = Some((result.map(drop), external.len()));
+    }));
+    packet
+        .send_with_external_data(b"command!", external, SendFlags::default())
+        .unwrap();
+    vm.host(id, received);
+    use vmbus::protocol::MessageType;
+    use vmbus_host::bus::{Fault, Rule};
+    vm.machine
+        .server(|server| server.inject(Rule::always(MessageType::UNLOAD_COMPLETE, Fault::Drop)));
+    vm.vmbus.begin_unload();
+    vm.machine.advance(600_000_000);
+    assert_eq!(channel.channel().state(), State::Disabled);
+    let failed = Err(PacketError::Removed(ChannelError::Unloaded));
+    assert_eq!(*back.lock().unwrap(), Some((failed, 0)), "it has ended");
+    assert_eq!(page.handle_count(), 2, "and the library keeps the memory");
+}
+
+#[test]
+fn outgoing_transactions_survive_a_pause() {
+    let open = open();
+    open.send(0, 8, true);
+    let request = open
+        .channel()
+        .request(&[1; 8], ExternalData::new(), Timeout::Never);
+    let ids = open.receive();
+    let _paused = open.channel().pause().unwrap();
+    open.vm.machine.settle();
+    assert_eq!(open.channel().state(), State::Paused);
+    assert_eq!(open.ended(), [] as [u64; 0]);
+    open.send(2, 8, false);
+    assert_eq!(open.numbers(), [] as [u64; 0], "it waits for the resume");
+    open.vm.host(open.id, |host| {
+        for (_, id) in &ids {
+            host.push(&Outgoing::completion(id.unwrap(), &[])).unwrap();
+        }
+        host.publish().unwrap();
+    });
+    open.channel().start().unwrap();
+    open.vm.machine.settle();
+    assert_eq!(open.ended(), [0, 2]);
+    let answer = open.channel().client().block_on(request).unwrap();
+    assert!(answer.is_ok());
+    assert_eq!(open.numbers(), [2]);
 }
