@@ -454,7 +454,7 @@ fn emcl_1_a_write_that_fails_ends_its_packet_exactly_once() {
     let ends = open.ends.clone();
     let mut packet = open.channel().allocate_packet().unwrap();
     packet.set_completion_routine(Arc::new(move |_, _| {
-        ends.lock().unwrap().push((3, Ok(vec![])))
+        ends.lock().unwrap().push((3, Ok(vec![])));
     }));
     let error = packet.send(&[0; 1900]).unwrap_err();
     assert!(matches!(error.reason, SendFailure::Ring(_)), "{error}");
