@@ -12,6 +12,10 @@ use vmbus::ConnectionState;
 use vmbus::Vmbus;
 use vmbus::bus::{self, ConnectError};
 use vmbus::drivers::balloon::{Balloon, Figures, GuestMemory, PageRange, Phase};
+use vmbus::drivers::shutdown::Shutdown;
+use vmbus::drivers::standing::Standing;
+use vmbus::drivers::time_sync::TimeSync;
+use vmbus::drivers::wall_clock::WallClock;
 use vmbus::ids::{ChannelId, VpIndex};
 use vmbus::kmcl::{ConfigError, Guid, State, interface};
 use vmbus::protocol::Version;
@@ -28,7 +32,7 @@ use crate::partition::Partition;
 use crate::start::command_line;
 use crate::sync::Lock;
 use crate::work::WorkItem;
-use crate::{interrupt, work};
+use crate::{interrupt, services, task, work};
 
 /// How long a required device may take from its offer until it is ready.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -121,10 +125,36 @@ impl fmt::Display for Error {
 struct Bus {
     vmbus: Arc<Vmbus>,
     balloon: Balloon,
+    shutdown: Shutdown,
+    time_sync: TimeSync,
     work: WorkItem,
     /// A message for which the stack had no room: the next one waits in its slot.
     held: Lock<Option<Vec<u8>>>,
     is_held: AtomicBool,
+}
+
+impl Bus {
+    /// The channel of each driver.
+    fn standing(&self) -> [&Standing; 3] {
+        [
+            self.balloon.channel(),
+            self.shutdown.channel(),
+            self.time_sync.channel(),
+        ]
+    }
+
+    /// Enables the drivers again whose device went away, for when it comes back.
+    fn attend(&self) {
+        if !matches!(self.vmbus.connection(), ConnectionState::Connected { .. }) {
+            return;
+        }
+        for channel in self.standing() {
+            channel.attend(|interface| {
+                let offers = self.vmbus.snapshot().offers;
+                offers.iter().any(|info| info.offer.interface == interface)
+            });
+        }
+    }
 }
 
 static BUS: Once<Bus> = Once::new();
@@ -144,17 +174,24 @@ pub(crate) async fn start(requires: &'static [Device]) -> Result<Machine, Error>
     let partition = Arc::new(Partition { work: Once::new() });
     let vmbus = Vmbus::new(partition.clone(), bus_config()?);
     let balloon = Balloon::new(vmbus.client(), Arc::new(Memory)).map_err(Error::Driver)?;
+    let shutdown = Shutdown::new(vmbus.client()).map_err(Error::Driver)?;
+    let wall_clock = Arc::new(WallClock::new());
+    let time_sync = TimeSync::new(vmbus.client(), wall_clock).map_err(Error::Driver)?;
     let work = work::register("vmbus", run_work);
     partition.work.call_once(|| work);
-    BUS.call_once(|| Bus {
+    let bus = BUS.call_once(|| Bus {
         vmbus: vmbus.clone(),
         balloon,
+        shutdown,
+        time_sync,
         work,
         held: Lock::new(None),
         is_held: AtomicBool::new(false),
     });
+    services::clock::init(&bus.time_sync);
+    task::spawn(services::shutdown::serve(&bus.shutdown));
     interrupt::set_handler(interrupt::VMBUS, on_interrupt);
-    if let Some(bus) = BUS.get() {
+    {
         // What came while there was no handler, as the firmware's last answer may have, would keep the slot full.
         let interrupts = InterruptsOff::enter();
         take_messages(bus);
@@ -307,6 +344,7 @@ fn take_messages(bus: &Bus) -> u32 {
 fn run_work() {
     let Some(bus) = BUS.get() else { return };
     bus.vmbus.run_work();
+    bus.attend();
     if bus.is_held.load(Ordering::Acquire) {
         let interrupts = InterruptsOff::enter();
         let held = bus.held.lock().take();

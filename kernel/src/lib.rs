@@ -45,6 +45,7 @@ pub mod power;
 #[cfg(target_os = "none")]
 #[doc(hidden)]
 pub mod selftest;
+pub mod services;
 mod sleep_states;
 #[cfg(target_os = "none")]
 mod start;

@@ -1,15 +1,18 @@
 //! The machine as an appliance sees it.
 
+use vmbus::Snapshot;
 use vmbus::Vmbus;
 use vmbus::drivers::balloon;
-use vmbus::{ConnectionState, Snapshot};
 
 use crate::arch::{apic, heap, per_cpu};
 use crate::command_line::CommandLine;
 use crate::hyperv::{Features, clock, synic};
 use crate::memory::manager;
 use crate::milestone::{self, Milestone};
-use crate::{acpi_tables, drivers, partition, power, start};
+use crate::services::clock::Clock;
+use crate::services::shutdown::{self, Request};
+use crate::services::{Decision, Hook};
+use crate::{acpi_tables, drivers, partition, start};
 
 /// Everything that an appliance is given. There is one.
 #[derive(Debug)]
@@ -143,37 +146,32 @@ impl Machine {
         milestone::all()
     }
 
+    /// The wall clock.
+    pub fn clock(&self) -> Clock {
+        Clock::new()
+    }
+
+    /// Has `hook` decide what becomes of the host's requests to power off or to restart, in place of the hook before. Without one, all
+    /// are accepted.
+    ///
+    /// The hook returns a [`Decision`], or a future of one: it may wait, and put the appliance's things in order, for as
+    /// long as the host's patience lasts ([`Request::timeout_seconds`]). The host gets its answer when the hook is done. A request
+    /// that is accepted is then obeyed: the machine leaves VMBus and powers off or restarts.
+    pub fn on_shutdown<D>(&self, hook: impl Fn(Request) -> D + Send + Sync + 'static)
+    where
+        D: IntoFuture<Output = Decision>,
+        D::IntoFuture: 'static,
+    {
+        shutdown::set_hook(Hook::new(hook));
+    }
+
     /// Leaves VMBus and powers off.
     pub async fn power_off(&self) -> ! {
-        self.leave("power off").await;
-        power::power_off_now();
-        // Never a machine that neither runs nor ends.
-        power::reboot_now()
+        shutdown::power_off().await
     }
 
     /// Leaves VMBus and reboots, by the hypervisor's reset register.
     pub async fn reboot(&self) -> ! {
-        self.leave("reboot").await;
-        power::reboot_now()
-    }
-
-    async fn leave(&self, what: &str) {
-        log::info!("machine: leaving VMBus to {what}");
-        let vmbus = self.vmbus();
-        vmbus.begin_unload();
-        let mut seen = vmbus.changes();
-        while !matches!(
-            vmbus.connection(),
-            ConnectionState::Unloaded { .. } | ConnectionState::Failed(_)
-        ) {
-            seen = vmbus.changed(seen).await;
-        }
-        match vmbus.connection() {
-            ConnectionState::Unloaded { acknowledged: true } => {
-                log::info!("machine: the host has let go of VMBus");
-            }
-            _ => log::warn!("machine: the host did not confirm that it has let go of VMBus"),
-        }
-        partition::stop();
+        shutdown::reboot().await
     }
 }

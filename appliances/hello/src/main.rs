@@ -2,8 +2,9 @@
 //!
 //! | word on the command line | meaning |
 //! |---|---|
+//! | `counters` | show what every channel has counted, with the table and with each status |
 //! | `then=poweroff`, `then=reboot` | leave when the table is shown |
-//! | `status=SECONDS` | show memory and interrupts again each so many seconds |
+//! | `status=SECONDS` | show memory, clock and interrupts again each so many seconds |
 
 #![no_std]
 #![no_main]
@@ -17,7 +18,15 @@ use enlit::{Device, Machine, println};
 enlit::main!(main, requires = [Device::Balloon]);
 
 async fn main(machine: Machine) {
-    table::show(&machine);
+    let counters = match machine.command_line().get("counters") {
+        None => false,
+        Some("") => true,
+        Some(other) => {
+            println!("hello: counters={other} is ignored, the word has no value");
+            false
+        }
+    };
+    table::show(&machine, counters);
     match machine.command_line().get("then") {
         Some("poweroff") => machine.power_off().await,
         Some("reboot") => machine.reboot().await,
@@ -30,7 +39,7 @@ async fn main(machine: Machine) {
     {
         Ok(Some(seconds)) if seconds > 0 => loop {
             Timer::after(Duration::from_secs(seconds)).await;
-            table::show_status(&machine);
+            table::show_status(&machine, counters);
         },
         Ok(_) => {}
         Err(bad) => println!("hello: {bad}"),

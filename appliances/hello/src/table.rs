@@ -2,26 +2,36 @@
 
 use core::fmt::Display;
 
+use enlit::services::Utc;
 use enlit::vmbus::ConnectionState;
+use enlit::vmbus::drivers::ic::Phase;
 use enlit::{Machine, println};
 
-/// Shows everything.
-pub(crate) fn show(machine: &Machine) {
+/// Shows everything; what channels have counted only on request.
+pub(crate) fn show(machine: &Machine, counters: bool) {
     println!("enlit {}", env!("CARGO_PKG_VERSION"));
     show_partition(machine);
     show_bus(machine);
     show_memory(machine);
     show_balloon(machine);
+    show_clock(machine);
     show_interrupts(machine);
     show_boot(machine);
+    if counters {
+        show_counters(machine);
+    }
     println!("hello: ready");
 }
 
 /// Shows what changes while the machine runs.
-pub(crate) fn show_status(machine: &Machine) {
+pub(crate) fn show_status(machine: &Machine, counters: bool) {
     show_memory(machine);
     show_balloon(machine);
+    show_clock(machine);
     show_interrupts(machine);
+    if counters {
+        show_counters(machine);
+    }
 }
 
 fn row(name: &str, value: impl Display) {
@@ -136,6 +146,43 @@ fn show_balloon(machine: &Machine) {
             ),
         ),
         None => row("balloon", "no device"),
+    }
+}
+
+fn show_clock(machine: &Machine) {
+    let clock = machine.clock();
+    let status = clock.status();
+    match (clock.utc(), status) {
+        (Some(utc), Some(status)) => row(
+            "wall clock",
+            format_args!(
+                "{} UTC: {} samples, {} steps, {} refused",
+                Utc(utc),
+                status.clock.samples,
+                status.clock.steps,
+                status.clock.refused
+            ),
+        ),
+        (None, Some(status)) => match status.component.phase {
+            Phase::Closed => row("wall clock", "not set: no device"),
+            Phase::NoCommonVersion => row("wall clock", "not set: no common version"),
+            Phase::Negotiating | Phase::Ready { .. } => {
+                row("wall clock", "not set: the host has not told the time yet");
+            }
+        },
+        (_, None) => row("wall clock", "not started"),
+    }
+}
+
+fn show_counters(machine: &Machine) {
+    for channel in machine.vmbus_snapshot().channels {
+        row(
+            "channel",
+            format_args!("{}: {}", channel.name, channel.state),
+        );
+        for (name, count) in channel.counters.iter() {
+            row("", format_args!("{count:>12} {name}"));
+        }
     }
 }
 

@@ -13,6 +13,13 @@ macro_rules! counters {
             $($(#[$doc])* pub $name: u64,)+
         }
 
+        impl Counters {
+            /// Every counter by name.
+            pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$((stringify!($name), self.$name)),+].into_iter()
+            }
+        }
+
         /// Counters that are being counted.
         #[derive(Default)]
         pub(crate) struct Live {
