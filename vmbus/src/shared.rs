@@ -2,8 +2,8 @@
 //! the stack outside the C table.
 //!
 //! Nothing hands out a Rust reference to shared bytes, because the host may change them at any moment:
-//! bytes are copied in and out by volatile or relaxed atomic accesses, and 32-bit fields are
-//! accessed as atomics. Every access is checked against the length; one that does not fit is
+//! bytes are copied in and out by relaxed atomic accesses or by the processor's string instructions, and fields
+//! are accessed as atomics. Every access is checked against the length; one that does not fit is
 //! refused, not truncated.
 
 #![allow(unsafe_code)]
@@ -140,6 +140,7 @@ impl SharedPages {
     }
 
     /// Copies `destination.len()` bytes out, from `offset`.
+    #[inline]
     pub fn read(&self, offset: usize, destination: &mut [u8]) -> Result<(), OutOfBounds> {
         let source = self.check(offset, destination.len())?;
         // SAFETY: `check` made sure that the bytes lie in the run, whose memory stays
@@ -149,6 +150,7 @@ impl SharedPages {
     }
 
     /// Copies `source` in, at `offset`.
+    #[inline]
     pub fn write(&self, offset: usize, source: &[u8]) -> Result<(), OutOfBounds> {
         let destination = self.check(offset, source.len())?;
         // SAFETY: as in `read`.
@@ -166,6 +168,7 @@ impl SharedPages {
     }
 
     /// The 32-bit field at `offset`, which must be a multiple of 4.
+    #[inline]
     pub fn atomic_u32(&self, offset: usize) -> Result<&AtomicU32, OutOfBounds> {
         if !offset.is_multiple_of(4) {
             return Err(OutOfBounds);
@@ -177,6 +180,7 @@ impl SharedPages {
     }
 
     /// The 64-bit field at `offset`, which must be a multiple of 8.
+    #[inline]
     pub fn atomic_u64(&self, offset: usize) -> Result<&AtomicU64, OutOfBounds> {
         if !offset.is_multiple_of(8) {
             return Err(OutOfBounds);
@@ -187,6 +191,7 @@ impl SharedPages {
     }
 
     /// A pointer to `len` bytes at `offset`, if the run has them.
+    #[inline]
     fn check(&self, offset: usize, len: usize) -> Result<*mut u8, OutOfBounds> {
         let end = offset.checked_add(len).ok_or(OutOfBounds)?;
         if end > self.len() {
@@ -218,31 +223,38 @@ fn heap_layout(count: usize) -> Option<core::alloc::Layout> {
     core::alloc::Layout::from_size_align(size, PAGE_SIZE).ok()
 }
 
-/// Copies shared bytes into private memory, each byte read once.
+/// From how many bytes on a string instruction copies faster than a loop over words. The start of one
+/// costs some tens of cycles; `cargo xtask bench ring` shows whether the choice is right.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+const STRING_COPY: usize = 256;
+
+/// Copies shared bytes into private memory. What the host changes meanwhile makes the copy a mixture, never more.
 ///
 /// # Safety
 ///
-/// `source` is valid for reads of `destination.len()` bytes that are accessed only atomically.
+/// `source` is valid for reads of `destination.len()` bytes that are accessed only atomically, or not by Rust code.
+#[inline]
 unsafe fn copy_out(source: *mut u8, destination: &mut [u8]) {
-    let (mut at, mut rest) = (source, destination);
-    while !rest.is_empty() {
-        let step = if at.addr().is_multiple_of(8) && rest.len() >= 8 {
-            8
-        } else {
-            1
-        };
-        let (now, later) = rest.split_at_mut(step);
-        if step == 8 {
-            // SAFETY: aligned and in bounds, by the caller's promise.
-            let word = unsafe { AtomicU64::from_ptr(at.cast()) }.load(Ordering::Relaxed);
-            now.copy_from_slice(&word.to_ne_bytes());
-        } else {
-            // SAFETY: in bounds, by the caller's promise.
-            now[0] = unsafe { AtomicU8::from_ptr(at) }.load(Ordering::Relaxed);
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    if destination.len() >= STRING_COPY {
+        // SAFETY: the caller's promise, and a slice is valid for writes of its length; the two
+        // do not overlap, because no slice lies in shared memory.
+        unsafe { copy_string(source, destination.as_mut_ptr(), destination.len()) };
+        return;
+    }
+    let (words, tail) = destination.as_chunks_mut::<8>();
+    if source.addr().is_multiple_of(8) && tail.is_empty() {
+        for (index, word) in words.iter_mut().enumerate() {
+            // SAFETY: in bounds, by the caller's promise, and aligned.
+            let value = unsafe { AtomicU64::from_ptr(source.cast::<u64>().add(index)) };
+            *word = value.load(Ordering::Relaxed).to_ne_bytes();
         }
-        // SAFETY: stays in bounds or one past the end.
-        at = unsafe { at.add(step) };
-        rest = later;
+        return;
+    }
+    for (index, byte) in destination.iter_mut().enumerate() {
+        // SAFETY: in bounds, by the caller's promise.
+        let value = unsafe { AtomicU8::from_ptr(source.add(index)) };
+        *byte = value.load(Ordering::Relaxed);
     }
 }
 
@@ -250,26 +262,58 @@ unsafe fn copy_out(source: *mut u8, destination: &mut [u8]) {
 ///
 /// # Safety
 ///
-/// `destination` is valid for writes of `source.len()` bytes that are accessed only atomically.
+/// `destination` is valid for writes of `source.len()` bytes that are accessed only atomically, or not by Rust code.
+#[inline]
 unsafe fn copy_in(source: &[u8], destination: *mut u8) {
-    let (mut at, mut rest) = (destination, source);
-    while !rest.is_empty() {
-        if at.addr().is_multiple_of(8)
-            && let Some((word, later)) = rest.split_first_chunk::<8>()
-        {
-            // SAFETY: aligned and in bounds, by the caller's promise.
-            unsafe { AtomicU64::from_ptr(at.cast()) }
-                .store(u64::from_ne_bytes(*word), Ordering::Relaxed);
-            // SAFETY: stays in bounds or one past the end.
-            at = unsafe { at.add(8) };
-            rest = later;
-        } else if let Some((byte, later)) = rest.split_first() {
-            // SAFETY: in bounds, by the caller's promise.
-            unsafe { AtomicU8::from_ptr(at) }.store(*byte, Ordering::Relaxed);
-            // SAFETY: stays in bounds or one past the end.
-            at = unsafe { at.add(1) };
-            rest = later;
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    if source.len() >= STRING_COPY {
+        // SAFETY: as in `copy_out`.
+        unsafe { copy_string(source.as_ptr(), destination, source.len()) };
+        return;
+    }
+    let (words, tail) = source.as_chunks::<8>();
+    if destination.addr().is_multiple_of(8) && tail.is_empty() {
+        for (index, word) in words.iter().enumerate() {
+            // SAFETY: in bounds, by the caller's promise, and aligned.
+            let place = unsafe { AtomicU64::from_ptr(destination.cast::<u64>().add(index)) };
+            place.store(u64::from_ne_bytes(*word), Ordering::Relaxed);
         }
+        return;
+    }
+    for (index, byte) in source.iter().enumerate() {
+        // SAFETY: in bounds, by the caller's promise.
+        let place = unsafe { AtomicU8::from_ptr(destination.add(index)) };
+        place.store(*byte, Ordering::Relaxed);
+    }
+}
+
+/// Copies with the processor's string instructions, which no compiler looks into.
+///
+/// One end is memory that the host may change or read at the same time. For accesses of Rust code that would be a data
+/// race; assembly is outside of the language's memory model, and on the processor each byte is read and written once or, after
+/// an interruption of the instruction, goes on where it stopped. It needs no vector registers, which the kernel has not. Like
+/// the relaxed accesses of the loops it orders nothing: the offsets in the control page do that, and the compiler moves
+/// no memory access across the block.
+///
+/// # Safety
+///
+/// `source` is valid for reads and `destination` for writes of `length` bytes, they do not overlap, and no reference of Rust
+/// code is alive to the shared one.
+#[cfg(all(target_arch = "x86_64", not(miri)))]
+unsafe fn copy_string(source: *const u8, destination: *mut u8, length: usize) {
+    // SAFETY: by the caller's promise; `rep movsq` moves `length / 8` words forward, since the direction flag is clear in
+    // Rust code, and `rep movsb` the rest.
+    unsafe {
+        core::arch::asm!(
+            "rep movsq",
+            "mov ecx, {tail:e}",
+            "rep movsb",
+            tail = in(reg) length % 8,
+            inout("rcx") length / 8 => _,
+            inout("rsi") source => _,
+            inout("rdi") destination => _,
+            options(nostack, preserves_flags),
+        );
     }
 }
 

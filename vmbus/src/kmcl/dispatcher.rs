@@ -311,16 +311,16 @@ impl ReceiveSide {
                     continue;
                 }
             }
-            let Some(reader) = self.reader.as_mut() else {
+            let Some(reader) = &mut self.reader else {
                 return Ok(Stop::Closed);
             };
-            let Some(head) = reader.peek()? else {
+            let Some(kind) = reader.next_kind()? else {
                 return Ok(Stop::Empty);
             };
             if *budget <= end {
                 return Ok(Stop::Budget);
             }
-            if head.kind() == Kind::COMPLETION {
+            if kind == Kind::COMPLETION {
                 // No quota stands in the way of completions: the packets of the driver may wait for them.
                 reader.read(&mut self.completion)?;
                 *budget -= 1;
@@ -334,7 +334,11 @@ impl ReceiveSide {
             if !passive && shared.passive.load(Ordering::Relaxed) {
                 return Ok(Stop::NeedsPassive);
             }
-            let Some(mut content) = self.admit(shared) else {
+            let content = match &mut self.spare {
+                Some(_) if shared.quota.admits() => self.spare.take(),
+                _ => self.admit(shared),
+            };
+            let Some(mut content) = content else {
                 return Ok(Stop::Starved);
             };
             if let Err(error) = self.read(shared, &mut content) {
@@ -349,6 +353,7 @@ impl ReceiveSide {
     }
 
     /// Copies the next packet out of the ring.
+    #[inline]
     fn read(&mut self, shared: &Shared, content: &mut Content) -> Result<(), ChannelError> {
         let reader = self.reader.as_mut().ok_or(ChannelError::Disabled)?;
         reader.read(content)?;
@@ -363,6 +368,7 @@ impl ReceiveSide {
     }
 
     /// A place for one more packet, if quota and memory allow one.
+    #[cold]
     fn admit(&mut self, shared: &Shared) -> Option<Box<Content>> {
         let mut place = || {
             if !shared.quota.admits() {
@@ -382,6 +388,7 @@ impl ReceiveSide {
     }
 
     /// Hands one packet to the driver.
+    #[inline]
     fn deliver(
         &mut self,
         channel: &Channel,
@@ -397,6 +404,11 @@ impl ReceiveSide {
             None => packet.complete(&[]),
         }
         match fate {
+            Fate::Completed(Some(content)) if self.spare.is_none() => {
+                self.spare = Some(content);
+                *delivered += 1;
+                None
+            }
             Fate::Completed(content) => {
                 self.keep(shared, content);
                 *delivered += 1;

@@ -88,8 +88,11 @@ impl Content {
     }
 
     /// Makes the context what a driver finds with a new packet.
+    #[inline]
     pub(super) fn clear_context(&mut self) {
-        self.context.as_mut_bytes().zero();
+        if !self.context.is_empty() {
+            self.context.as_mut_bytes().zero();
+        }
     }
 }
 

@@ -23,6 +23,7 @@ pub use packet::{
 pub use reader::{Head, Reader};
 pub use writer::{PushError, Room, Writer};
 
+use crate::atomics::Ordering;
 use crate::ids::PAGE_SIZE;
 use crate::shared::{OutOfBounds, SharedPages};
 use control::Control;
@@ -114,11 +115,13 @@ impl Ring {
         self.control().supports_pending_send_size()
     }
 
+    #[inline]
     fn control(&self) -> Control<'_> {
         Control::new(self)
     }
 
     /// `offset` moved on by `bytes`, which is at most the ring's size.
+    #[inline]
     fn advance(&self, offset: u32, bytes: u32) -> u32 {
         let sum = offset + bytes;
         if sum >= self.size {
@@ -129,6 +132,7 @@ impl Ring {
     }
 
     /// Bytes between `consumer` and `producer`, both valid offsets.
+    #[inline]
     fn used(&self, producer: u32, consumer: u32) -> u32 {
         if producer >= consumer {
             producer - consumer
@@ -138,31 +142,68 @@ impl Ring {
     }
 
     /// Bytes that can be written with these offsets.
+    #[inline]
     fn free(&self, producer: u32, consumer: u32) -> u32 {
         (self.size - self.used(producer, consumer)).saturating_sub(GAP)
     }
 
     /// Copies into the data area at `offset`, around its end if need be; gives the offset behind.
+    #[inline]
     fn write(&self, offset: u32, bytes: &[u8]) -> Result<u32, OutOfBounds> {
-        let straight = ((self.size - offset) as usize).min(bytes.len());
-        let (head, tail) = bytes.split_at(straight);
-        self.pages.write(self.data + offset as usize, head)?;
-        if !tail.is_empty() {
+        // A slice longer than the ring is refused.
+        let length = u32::try_from(bytes.len()).map_err(|_| OutOfBounds)?;
+        let straight = self.size - offset;
+        if length <= straight {
+            self.pages.write(self.data + offset as usize, bytes)?;
+        } else {
+            let (head, tail) = bytes.split_at(straight as usize);
+            self.pages.write(self.data + offset as usize, head)?;
             self.pages.write(self.data, tail)?;
         }
-        // A slice longer than the ring has been refused by the second write.
-        let length = u32::try_from(bytes.len()).map_err(|_| OutOfBounds)?;
         Ok(self.advance(offset, length))
     }
 
+    /// Copies into the data area at `offset`, a multiple of 8, and fills with zeros up to the next multiple of 8; gives the
+    /// offset behind.
+    fn write_padded(&self, offset: u32, bytes: &[u8]) -> Result<u32, OutOfBounds> {
+        let (words, tail) = bytes.as_chunks::<8>();
+        let mut at = offset;
+        if !words.is_empty() {
+            at = self.write(at, words.as_flattened())?;
+        }
+        if !tail.is_empty() {
+            let mut word = [0; 8];
+            word[..tail.len()].copy_from_slice(tail);
+            at = self.write_word(at, word)?;
+        }
+        Ok(at)
+    }
+
+    /// Writes 8 bytes at `offset`, a multiple of 8; gives the offset behind. No such word goes around the end.
+    #[inline]
+    fn write_word(&self, offset: u32, word: [u8; 8]) -> Result<u32, OutOfBounds> {
+        self.pages
+            .atomic_u64(self.data + offset as usize)?
+            .store(u64::from_ne_bytes(word), Ordering::Relaxed);
+        Ok(self.advance(offset, 8))
+    }
+
+    /// Reads 8 bytes at `offset`, a multiple of 8.
+    #[inline]
+    fn read_word(&self, offset: u32) -> Result<[u8; 8], OutOfBounds> {
+        let word = self.pages.atomic_u64(self.data + offset as usize)?;
+        Ok(word.load(Ordering::Relaxed).to_ne_bytes())
+    }
+
     /// Copies out of the data area at `offset`, around its end if need be.
+    #[inline]
     fn read(&self, offset: u32, bytes: &mut [u8]) -> Result<(), OutOfBounds> {
-        let straight = ((self.size - offset) as usize).min(bytes.len());
+        let straight = (self.size - offset) as usize;
+        if bytes.len() <= straight {
+            return self.pages.read(self.data + offset as usize, bytes);
+        }
         let (head, tail) = bytes.split_at_mut(straight);
         self.pages.read(self.data + offset as usize, head)?;
-        if !tail.is_empty() {
-            self.pages.read(self.data, tail)?;
-        }
-        Ok(())
+        self.pages.read(self.data, tail)
     }
 }

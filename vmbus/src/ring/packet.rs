@@ -64,6 +64,7 @@ impl Kind {
 
 impl Descriptor {
     /// Checks the descriptor against the `available` bytes of the ring.
+    #[inline]
     pub(super) fn check(&self, available: u32) -> Result<super::Head, RingError> {
         let length = u32::from(self.length.get()) * 8;
         let offset = u32::from(self.data_offset.get()) * 8;
@@ -164,18 +165,14 @@ impl<'a> Outgoing<'a> {
 
     /// The packet's length in bytes, without footer.
     pub(super) fn length(&self) -> u64 {
-        let payload: u64 = self.payload.iter().map(|part| part.len() as u64).sum();
+        let payload = self.payload[0].len() as u64 + self.payload[1].len() as u64;
         u64::from(DESCRIPTOR) + self.extra() + payload.next_multiple_of(8)
     }
 
-    /// Hands out the packet's bytes, without footer, in order. The length has been checked against
-    /// [`MAX_LENGTH`] before.
-    pub(super) fn for_each_part<E>(
-        &self,
-        mut write: impl FnMut(&[u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
+    /// The descriptor. The length has been checked against [`MAX_LENGTH`] before.
+    pub(super) fn head(&self) -> [[u8; 8]; 2] {
         let units = |bytes: u64| U16::new(u16::try_from(bytes / 8).unwrap_or(u16::MAX));
-        let descriptor = Descriptor {
+        zerocopy::transmute!(Descriptor {
             kind: U16::new(self.kind.0),
             data_offset: units(u64::from(DESCRIPTOR) + self.extra()),
             length: units(self.length()),
@@ -185,23 +182,23 @@ impl<'a> Outgoing<'a> {
                 0
             }),
             transaction_id: U64::new(self.transaction_id),
+        })
+    }
+
+    /// The range header, and the ranges behind it.
+    pub(super) fn ranges(&self) -> Option<([u8; 8], &'a [u8])> {
+        let (set, count, bytes) = self.ranges?;
+        let header = RangeHeader {
+            set: U16::new(set),
+            _reserved: U16::ZERO,
+            count: U32::new(count),
         };
-        write(descriptor.as_bytes())?;
-        if let Some((set, count, bytes)) = self.ranges {
-            let header = RangeHeader {
-                set: U16::new(set),
-                _reserved: U16::ZERO,
-                count: U32::new(count),
-            };
-            write(header.as_bytes())?;
-            write(bytes)?;
-        }
-        let mut length = 0;
-        for part in self.payload {
-            write(part)?;
-            length += part.len();
-        }
-        write(&[0; 8][..length.next_multiple_of(8) - length])
+        Some((zerocopy::transmute!(header), bytes))
+    }
+
+    /// The data: two parts that follow each other without a gap.
+    pub(super) fn payload(&self) -> [&'a [u8]; 2] {
+        self.payload
     }
 }
 
@@ -388,11 +385,13 @@ impl PacketBuffer {
     }
 
     /// The packet type.
+    #[inline]
     pub fn kind(&self) -> Kind {
         Kind(self.kind)
     }
 
     /// Whether the sender asked for a completion.
+    #[inline]
     pub fn completion_requested(&self) -> bool {
         self.completion_requested
     }
@@ -403,6 +402,7 @@ impl PacketBuffer {
     }
 
     /// The data, padded by the sender to a multiple of 8 bytes.
+    #[inline]
     pub fn payload(&self) -> &[u8] {
         self.bytes.get(self.data..self.length).unwrap_or_default()
     }
@@ -430,17 +430,27 @@ impl PacketBuffer {
         RangeHeader::ref_from_prefix(self.bytes.get(..self.data)?).ok()
     }
 
+    /// Makes room for `bytes` bytes.
+    #[inline]
     fn grow(&mut self, bytes: usize) -> Result<(), RingError> {
-        if let Some(more) = bytes.checked_sub(self.bytes.len()) {
-            self.bytes
-                .try_reserve_exact(more)
-                .map_err(|_| RingError::OutOfMemory { bytes })?;
-            self.bytes.resize(bytes, 0);
+        if bytes <= self.bytes.len() {
+            return Ok(());
         }
+        self.allocate(bytes)
+    }
+
+    #[cold]
+    fn allocate(&mut self, bytes: usize) -> Result<(), RingError> {
+        let more = bytes.saturating_sub(self.bytes.len());
+        self.bytes
+            .try_reserve_exact(more)
+            .map_err(|_| RingError::OutOfMemory { bytes })?;
+        self.bytes.resize(bytes, 0);
         Ok(())
     }
 
     /// Takes over a descriptor, and gives the place for the bytes behind it.
+    #[inline]
     pub(super) fn prepare(&mut self, head: &super::Head) -> Result<&mut [u8], RingError> {
         let length = head.rest as usize;
         self.grow(length)?;
@@ -453,26 +463,26 @@ impl PacketBuffer {
     }
 
     /// Checks the copied range lists.
+    #[inline]
     pub(super) fn check(&self) -> Result<(), RingError> {
         match self.kind() {
-            Kind::TRANSFER_PAGES => {
-                self.transfer_pages().ok_or(RingError::Ranges)?;
-            }
-            Kind::GPA_DIRECT => {
-                let (header, _) = self
-                    .range_header(Kind::GPA_DIRECT)
-                    .ok_or(RingError::Ranges)?;
-                let ranges = GpaRanges {
-                    words: self.gpa_ranges().ok_or(RingError::Ranges)?.words,
-                };
-                let sound =
-                    |range: &GpaRange<'_>| range.length > 0 && (range.offset as usize) < PAGE_SIZE;
-                let count = ranges.take_while(sound).count();
-                if count == 0 || count != header.count.get() as usize {
-                    return Err(RingError::Ranges);
-                }
-            }
-            _ => {}
+            Kind::TRANSFER_PAGES => match self.transfer_pages() {
+                Some(_) => Ok(()),
+                None => Err(RingError::Ranges),
+            },
+            Kind::GPA_DIRECT => self.check_gpa_ranges(),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_gpa_ranges(&self) -> Result<(), RingError> {
+        let (header, words) = self
+            .range_header(Kind::GPA_DIRECT)
+            .ok_or(RingError::Ranges)?;
+        let sound = |range: &GpaRange<'_>| range.length > 0 && (range.offset as usize) < PAGE_SIZE;
+        let count = GpaRanges { words }.take_while(sound).count();
+        if count == 0 || count != header.count.get() as usize {
+            return Err(RingError::Ranges);
         }
         Ok(())
     }

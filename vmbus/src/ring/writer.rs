@@ -5,6 +5,7 @@ use core::fmt;
 use super::packet::Outgoing;
 use super::{Ring, RingError, Signal};
 use crate::atomics::{Ordering, fence};
+use crate::shared::OutOfBounds;
 
 /// The producing end: writes packets, and says when the consumer must be signalled.
 ///
@@ -108,19 +109,36 @@ impl Writer {
         }
 
         let start = self.producer;
-        let mut at = start;
-        packet.for_each_part(|part| {
-            at = self.ring.write(at, part)?;
-            Ok::<(), RingError>(())
-        })?;
-        let footer = u64::from(start) << 32;
-        at = self
-            .ring
-            .write(at, &footer.to_le_bytes())
-            .map_err(RingError::from)?;
-        debug_assert_eq!(at, self.ring.advance(start, length));
-        self.producer = at;
+        self.producer = self.write(packet, start).map_err(RingError::from)?;
+        debug_assert_eq!(self.producer, self.ring.advance(start, length));
         Ok(())
+    }
+
+    /// Writes the packet and its footer at `start`; gives the offset behind.
+    fn write(&self, packet: &Outgoing<'_>, start: u32) -> Result<u32, OutOfBounds> {
+        let mut at = start;
+        for word in packet.head() {
+            at = self.ring.write_word(at, word)?;
+        }
+        if let Some((header, ranges)) = packet.ranges() {
+            at = self.ring.write_word(at, header)?;
+            at = self.ring.write_padded(at, ranges)?;
+        }
+        let [first, second] = packet.payload();
+        at = if second.is_empty() {
+            self.ring.write_padded(at, first)?
+        } else if first.len().is_multiple_of(8) {
+            at = self.ring.write(at, first)?;
+            self.ring.write_padded(at, second)?
+        } else {
+            at = self.ring.write(at, first)?;
+            at = self.ring.write(at, second)?;
+            let length = first.len() + second.len();
+            self.ring
+                .write(at, &[0; 8][..length.next_multiple_of(8) - length])?
+        };
+        let footer = u64::from(start) << 32;
+        self.ring.write_word(at, footer.to_le_bytes())
     }
 
     /// Makes the pushed packets visible, and decides about the signal.
