@@ -2,12 +2,15 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::mem;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
 
 use vmbus::Vmbus;
 use vmbus::bus::Config;
 use vmbus::ids::ChannelId;
-use vmbus::kmcl::{ChannelBuilder, OutgoingPacket};
+use vmbus::kmcl::{ChannelBuilder, ExternalData, OutgoingPacket, PageNumber, SharedPages, Timeout};
 use vmbus::protocol::Guid;
 use vmbus::ring::{Outgoing, PacketBuffer};
 use vmbus_host::bus::{Device, Profile};
@@ -112,5 +115,73 @@ fn packets_both_ways_allocate_nothing_once_they_have_flowed() {
     assert!(counters.packets_received > 8000, "{counters:?}");
     assert!(counters.completions_received > 4000, "{counters:?}");
     assert!(counters.ring_full_waits > 500, "{counters:?}");
+    assert_eq!(info.count_total, 0, "{counters:?}");
+}
+
+#[test]
+fn requests_allocate_nothing_once_they_have_flowed() {
+    let machine = Machine::new(Profile::openvmm());
+    let vmbus = Vmbus::new(machine.clone(), Config::default());
+    machine.attach(Arc::new(GuestEnd(vmbus.clone())));
+    let id = machine
+        .add(Device::new(INTERFACE, INTERFACE), Manual)
+        .unwrap();
+    vmbus.connect();
+    machine.settle();
+    let channel = ChannelBuilder::new(INTERFACE)
+        .ring_pages(1, 1)
+        .maximum_packet_count(4)
+        .maximum_external_data(4096, 1)
+        .enable(vmbus.client())
+        .unwrap();
+    machine.settle();
+
+    let page = SharedPages::from_heap(PageNumber(7), 1).unwrap();
+    let mut lent = ExternalData::new();
+    lent.push(page, 0..4096).unwrap();
+    let mut buffer = PacketBuffer::default();
+    let mut context = Context::from_waker(Waker::noop());
+    let mut ids = Vec::with_capacity(4);
+    let mut round = || {
+        let external = mem::take(&mut lent);
+        let timeout = Timeout::After(1000);
+        let mut answered = channel.channel().request(&[1; 600], external, timeout);
+        // One that nobody waits for in the end, and one that goes at once.
+        let late = channel
+            .channel()
+            .request(&[2; 8], ExternalData::new(), timeout);
+        channel.channel().try_send(&[3; 8]).unwrap();
+        assert!(Pin::new(&mut answered).poll(&mut context).is_pending());
+        drop(late);
+        machine
+            .channel(id, |host| {
+                while host.receive(&mut buffer).unwrap() {
+                    if buffer.completion_requested() {
+                        ids.push(buffer.transaction_id());
+                    }
+                }
+                host.release().unwrap();
+                for id in ids.drain(..) {
+                    host.push(&Outgoing::completion(id, &[4; 100])).unwrap();
+                }
+                host.publish().unwrap();
+            })
+            .unwrap();
+        let Poll::Ready(Ok(mut answer)) = Pin::new(&mut answered).poll(&mut context) else {
+            panic!("there is an answer");
+        };
+        assert_eq!(answer[..100], [4; 100]);
+        lent = answer.take_external_data();
+    };
+    for _ in 0..10 {
+        round();
+    }
+    let info = allocation_counter::measure(|| {
+        for _ in 0..1000 {
+            round();
+        }
+    });
+    let counters = channel.channel().counters();
+    assert_eq!(counters.late_completions, 1010, "{counters:?}");
     assert_eq!(info.count_total, 0, "{counters:?}");
 }
