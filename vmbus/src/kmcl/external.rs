@@ -89,7 +89,7 @@ impl ExternalData {
     }
 
     /// Adds bytes `range` of pages that are given by their numbers, as a range of its own. `owner` is kept as long as
-    /// the host may touch them: it has to keep them where they are, and used for nothing else.
+    /// the host may touch them: it has to keep them where they are, and used for nothing else. It may be dropped at DISPATCH.
     pub fn push_page_list(
         &mut self,
         pages: impl Into<Arc<[PageNumber]>>,

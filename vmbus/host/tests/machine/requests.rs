@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
+use proptest::prelude::*;
 use vmbus::ids::ChannelId;
 use vmbus::kmcl::{
     AllocateError, Answer, Channel, ChannelBuilder, ChannelError, EnabledChannel, ExternalData,
@@ -901,4 +902,103 @@ fn try_send_answers_in_every_state() {
             (State::Disabled, removed),
         ]
     );
+}
+
+// Any sequence.
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    /// A request of so many bytes that lends the page, with so much time.
+    Request(usize, Option<u64>),
+    TrySend,
+    Drop(usize),
+    Poll,
+    HostReads,
+    /// The host answers one of the requests that it has ever seen, perhaps not for the first time.
+    HostAnswers(usize),
+    Pass(u64),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (8usize..1900, proptest::option::of(0u64..2000))
+            .prop_map(|(length, time)| Step::Request(length, time)),
+        1 => Just(Step::TrySend),
+        1 => (0usize..8).prop_map(Step::Drop),
+        2 => Just(Step::Poll),
+        3 => Just(Step::HostReads),
+        4 => (0usize..64).prop_map(Step::HostAnswers),
+        2 => (1u64..1500).prop_map(Step::Pass),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn requests_end_once_with_their_own_answer_and_nothing_is_lost(
+        steps in proptest::collection::vec(step(), 1..120),
+        reason in 0..3,
+    ) {
+        let open = open();
+        let page = page();
+        let mut requests: Vec<(u64, Polled)> = Vec::new();
+        let mut seen: Vec<(u64, u64)> = Vec::new();
+        let mut next = 0;
+        let poll = |requests: &mut Vec<(u64, Polled)>| {
+            requests.retain_mut(|(n, request)| match request.poll() {
+                Poll::Pending => true,
+                Poll::Ready(Ok(answer)) => {
+                    assert_eq!(number(&answer), *n);
+                    false
+                }
+                Poll::Ready(Err(_)) => false,
+            });
+        };
+        for step in steps {
+            match step {
+                Step::Request(length, time) => {
+                    let mut external = ExternalData::new();
+                    external.push(page.clone(), 0..4096).unwrap();
+                    let mut data = vec![0; length];
+                    data[..8].copy_from_slice(&u64::to_le_bytes(next));
+                    let timeout = time.map_or(Timeout::Never, Timeout::After);
+                    let request = open.channel().request(&data, external, timeout);
+                    requests.push((next, Polled::new(request)));
+                    next += 1;
+                }
+                Step::TrySend => {
+                    let _ = open.channel().try_send(&[0xEE; 8]);
+                }
+                Step::Drop(index) => {
+                    if index < requests.len() {
+                        requests.remove(index);
+                    }
+                }
+                Step::Poll => poll(&mut requests),
+                Step::HostReads => {
+                    let packets = open.vm.host(open.id, received);
+                    let asked = packets.iter().filter_map(|(id, data)| Some(((*id)?, number(data))));
+                    seen.extend(asked);
+                }
+                Step::HostAnswers(index) => {
+                    if let Some((id, n)) = seen.get(index) {
+                        open.answer(*id, &n.to_le_bytes());
+                    }
+                }
+                Step::Pass(time) => open.vm.machine.advance(time),
+            }
+        }
+        match reason {
+            0 => open.channel.disable(),
+            1 => prop_assert!(open.vm.machine.rescind(open.id)),
+            _ => open.vm.vmbus.begin_unload(),
+        }
+        open.vm.machine.settle();
+        prop_assert_eq!(open.channel().state(), State::Disabled);
+        poll(&mut requests);
+        prop_assert_eq!(requests.len(), 0, "all have ended");
+        prop_assert_eq!(page.handle_count(), 1, "and given their memory back");
+        let all: Result<Vec<_>, _> = (0..8).map(|_| open.channel().allocate_packet()).collect();
+        prop_assert!(all.is_ok(), "and their packets");
+        open.vm.assert_well_behaved();
+    }
 }
