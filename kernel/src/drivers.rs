@@ -345,17 +345,7 @@ fn run_work() {
     let Some(bus) = BUS.get() else { return };
     bus.vmbus.run_work();
     bus.attend();
-    if bus.is_held.load(Ordering::Acquire) {
-        let interrupts = InterruptsOff::enter();
-        let held = bus.held.lock().take();
-        bus.is_held.store(false, Ordering::Release);
-        if let Some(payload) = held {
-            // The stack has just emptied its inbox.
-            bus.vmbus.on_message(&payload);
-        }
-        take_messages(bus);
-        drop(interrupts);
-    }
+    offer_held();
     let now = clock::now();
     if bus
         .balloon
@@ -371,6 +361,21 @@ fn run_work() {
         .chain(bus.balloon.deadline())
         .min();
     bus.work.queue_at(next);
+}
+
+/// Offers the stack, which has emptied its inbox, the message that it had no room for, and those behind it.
+pub(crate) fn offer_held() {
+    let Some(bus) = BUS.get().filter(|bus| bus.is_held.load(Ordering::Acquire)) else {
+        return;
+    };
+    let interrupts = InterruptsOff::enter();
+    let held = bus.held.lock().take();
+    bus.is_held.store(false, Ordering::Release);
+    if let Some(payload) = held {
+        bus.vmbus.on_message(&payload);
+    }
+    take_messages(bus);
+    drop(interrupts);
 }
 
 /// The frame set as the balloon sees it.

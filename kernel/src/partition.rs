@@ -16,7 +16,7 @@ use crate::hyperv::vp::{Pages, Vectors};
 use crate::hyperv::{VirtualProcessor, clock, crash, reset};
 use crate::memory::manager;
 use crate::work::WorkItem;
-use crate::{interrupt, milestone, task};
+use crate::{drivers, interrupt, milestone, task};
 
 /// The boot VP's part of the Hyper-V interface, kept with its other data.
 pub(crate) type VpPartition = VirtualProcessor;
@@ -189,6 +189,7 @@ impl Hypervisor for Partition {
         let Some(work) = self.work.get() else {
             return;
         };
+        drivers::offer_held();
         work.queue_at(until);
         task::time::update();
         cpu::disable_interrupts();

@@ -8,7 +8,9 @@
 
 extern crate alloc;
 
+use core::future::{Future, poll_fn};
 use core::hint::black_box;
+use core::pin::pin;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use alloc::vec::Vec;
@@ -38,6 +40,7 @@ async fn main(machine: Machine) {
             in_work(|| {}).await;
         }
         "timer" => timer().await,
+        "block-on" => block_on(&machine).await,
         "poweroff" => {}
         "reboot" => machine.reboot().await,
         other => panic!("there is no selftest={other}"),
@@ -46,8 +49,41 @@ async fn main(machine: Machine) {
     machine.power_off().await;
 }
 
+/// Waits in the middle of a task and of a work item, while the VMBus stack is served and the VP sleeps.
+async fn block_on(machine: &Machine) {
+    let client = machine.vmbus().client().clone();
+    let wait = move || {
+        let start = Instant::now();
+        let mut polls = 0;
+        let mut timer = pin!(Timer::after(Duration::from_millis(300)));
+        let counted = poll_fn(|context| {
+            polls += 1;
+            timer.as_mut().poll(context)
+        });
+        client.block_on(counted).expect("tasks and work may wait");
+        assert!(start.elapsed() >= Duration::from_millis(300));
+        assert!(polls <= 3, "polled {polls} times: it did not sleep");
+        assert!(interrupt::is_enabled());
+    };
+    let before = machine.interrupts();
+    wait();
+    let ticks = machine.interrupts().handled - before.handled;
+    assert!(ticks >= 1, "no interrupt ended the sleep");
+    let client = machine.vmbus().client().clone();
+    in_interrupt(move || {
+        let refused = client.block_on(core::future::ready(()));
+        assert!(refused.is_err(), "code at DISPATCH may not wait");
+    })
+    .await;
+    in_work(wait).await;
+    // The stack is as alive as before: a task is still woken by its changes.
+    let seen = machine.vmbus().changes();
+    machine.vmbus().client().notify();
+    machine.vmbus().changed(seen).await;
+}
+
 /// Runs `action` in an interrupt handler and waits until it has run.
-async fn in_interrupt(action: fn()) {
+async fn in_interrupt(action: impl Fn() + Send + Sync + 'static) {
     static ACTION: AtomicBool = AtomicBool::new(false);
     static DONE: AtomicBool = AtomicBool::new(false);
     enlit::selftest::on_interrupt(move || {
@@ -63,7 +99,7 @@ async fn in_interrupt(action: fn()) {
 }
 
 /// Runs `action` in a work item and waits until it has run.
-async fn in_work(action: fn()) {
+async fn in_work(action: impl Fn() + Send + Sync + 'static) {
     static DONE: AtomicBool = AtomicBool::new(false);
     let item = work::register("selftest", move || {
         assert!(

@@ -78,6 +78,11 @@ pub const TESTS: &[Test] = &[
         needs: Needs::HyperV,
         run: |stand| passes(stand, "timer"),
     },
+    Test {
+        name: "kernel/block-on",
+        needs: Needs::HyperV,
+        run: |stand| passes(stand, "block-on"),
+    },
 ];
 
 fn panics(stand: &mut Stand, name: &str, message: &str) -> Result<String> {
