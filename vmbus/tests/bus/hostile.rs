@@ -2,13 +2,16 @@
 //! and its state stays sound.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroU16;
 
 use proptest::prelude::*;
 use vmbus::bus::{Bus, Config, Event, GpaRange, OpenParameters};
 use vmbus::hypervisor::PostError;
 use vmbus::ids::{ChannelId, GpadlHandle, PageNumber, VpIndex};
+use vmbus::protocol::monitor::MonitorPages;
 use vmbus::protocol::sizes::{Direction, MESSAGES};
 use vmbus::protocol::{MAX_PAYLOAD, Status, Version};
+use vmbus_host::bus::Access;
 
 use crate::world::{PROFILES, World, check_size};
 
@@ -23,8 +26,8 @@ enum Step {
         fields: [u32; 4],
         resize: i8,
     },
-    /// A whole valid offer.
-    Offer(u16),
+    /// A whole valid offer: channel, sub-channel index, and monitor bit.
+    Offer(u16, u16, u8),
     /// A reply that fits what the guest posted last.
     Reply(bool),
     /// The guest fetches a message, and posts it or not.
@@ -33,7 +36,8 @@ enum Step {
     Tick(u32),
     Connect,
     Unload,
-    CreateGpadl(u32, u16),
+    /// One GPADL: of which channel, and so many pages in each range.
+    CreateGpadl(u32, Vec<u16>),
     Teardown(u32),
     Open(u32, u32),
     Close(u32),
@@ -47,14 +51,16 @@ fn step() -> impl Strategy<Value = Step> {
         2 => proptest::collection::vec(any::<u8>(), 0..260).prop_map(Step::Garbage),
         6 => (0..MESSAGES.len(), [0u32..5, 0u32..5, 0u32..5, 0u32..5], -12i8..12)
             .prop_map(|(row, fields, resize)| Step::Message { row, fields, resize }),
-        6 => (0u16..6).prop_map(Step::Offer),
+        6 => (0u16..6, 0u16..3, any::<u8>())
+            .prop_map(|(channel, index, bit)| Step::Offer(channel, index, bit)),
         12 => proptest::bool::weighted(0.8).prop_map(Step::Reply),
         12 => proptest::option::weighted(0.1, any::<u8>()).prop_map(Step::Post),
         3 => Just(Step::Events),
         3 => (0u32..200_000_000).prop_map(Step::Tick),
         1 => Just(Step::Connect),
         1 => Just(Step::Unload),
-        4 => (id.clone(), 0u16..80).prop_map(|(channel, pages)| Step::CreateGpadl(channel, pages)),
+        4 => (id.clone(), proptest::collection::vec(0u16..80, 1..4))
+            .prop_map(|(channel, ranges)| Step::CreateGpadl(channel, ranges)),
         3 => (0u32..8).prop_map(Step::Teardown),
         5 => (id.clone(), 0u32..8).prop_map(|(channel, ring)| Step::Open(channel, ring)),
         3 => id.clone().prop_map(Step::Close),
@@ -104,6 +110,10 @@ struct Guest {
 impl Guest {
     fn new() -> Self {
         let mut bus = Bus::new(Config::default());
+        bus.set_monitor_pages(Some(MonitorPages {
+            parent_to_child: PageNumber(0x100),
+            child_to_parent: PageNumber(0x101),
+        }));
         bus.connect(0);
         Self {
             bus,
@@ -173,6 +183,13 @@ impl Guest {
             }
         }
         assert!(violations <= 32, "violations are bounded");
+        for offer in self.bus.offers() {
+            // The first of those that claim to be the same is found, and no other.
+            let (interface, instance) = (offer.interface, offer.instance);
+            let found = self.bus.offer(interface, instance, offer.sub_channel_index);
+            assert!(found.is_some_and(|found| found.channel <= offer.channel));
+            assert!(offer.monitor_id.is_none_or(|bit| bit.number() < 128));
+        }
         let offered: BTreeSet<_> = self.bus.offers().map(|offer| offer.channel.0).collect();
         assert_eq!(offered, self.known.channels, "offers and events agree");
         if self.bus.version().is_none() && self.known.connected {
@@ -235,10 +252,12 @@ impl Guest {
                     assert_eq!(self.bus.violations(), before + 1);
                 }
             }
-            Step::Offer(channel) => {
+            Step::Offer(channel, index, bit) => {
                 let mut offer = vec![0; 196];
                 offer[0] = 1;
+                offer[180..182].copy_from_slice(&index.to_le_bytes());
                 offer[184..186].copy_from_slice(&channel.to_le_bytes());
+                (offer[188], offer[189]) = (bit, 1);
                 self.bus.receive(now, &offer);
             }
             Step::Reply(good) => self.reply(good),
@@ -282,13 +301,14 @@ impl Guest {
                 self.known = Known::default();
                 assert_eq!(self.bus.version(), None);
             }
-            Step::CreateGpadl(channel, count) => {
+            Step::CreateGpadl(channel, counts) => {
                 self.drain_events();
-                let pages = (0..u64::from(count)).map(PageNumber);
-                let Ok(range) = GpaRange::whole_pages(pages) else {
+                let range = |count| GpaRange::whole_pages((0..u64::from(count)).map(PageNumber));
+                let ranges: Result<Vec<_>, _> = counts.into_iter().map(range).collect();
+                let Ok(ranges) = ranges else {
                     return;
                 };
-                if let Ok(handle) = self.bus.create_gpadl(now, ChannelId(channel), &[range]) {
+                if let Ok(handle) = self.bus.create_gpadl(now, ChannelId(channel), &ranges) {
                     assert!(self.known.channels.contains(&channel));
                     assert_ne!(handle.0, 0);
                     assert!(
@@ -387,7 +407,7 @@ proptest! {
         guest.take(Step::Post(None));
         guest.take(Step::Reply(true));
         guest.take(Step::Post(None));
-        (1..5).for_each(|channel| guest.take(Step::Offer(channel)));
+        (1..5).for_each(|channel| guest.take(Step::Offer(channel, channel - 1, 7)));
         guest.drain_events();
         prop_assert_eq!(guest.bus.version(), Some(Version::V6_0));
         steps.into_iter().for_each(|step| guest.take(step));
@@ -425,13 +445,35 @@ proptest! {
     #[test]
     fn nothing_that_a_guest_sends_breaks_the_server(
         host in 0..PROFILES.len(),
-        requests in proptest::collection::vec((0u8..4, request()), 0..200)
+        requests in proptest::collection::vec((0u8..12, request()), 0..200)
     ) {
         let mut world = World::connected(PROFILES[host]());
         let live = world.posted.last().unwrap().0;
+        let mut mapped = Vec::new();
         for (what, request) in requests {
-            if what == 0 {
-                world.server.rescind(ChannelId(u32::from(request.first().copied().unwrap_or(1)) % 4));
+            let small = |at: usize, limit: u32| u32::from(request.get(at).copied().unwrap_or(1)) % limit;
+            let channel = ChannelId(small(0, 4));
+            match what {
+                0 => {
+                    world.server.rescind(channel);
+                }
+                1 => {
+                    let index = NonZeroU16::MIN.saturating_add(small(1, 3) as u16);
+                    world.server.add_sub_channel(channel, index);
+                }
+                2 => {
+                    let handle = GpadlHandle(small(1, 4));
+                    mapped.extend(world.server.gpadls().map(channel, handle, Access::ReadWrite));
+                }
+                3 => drop(mapped.pop()),
+                _ => {}
+            }
+            // What has been mapped stays where it is, or is known to be gone.
+            for mapped in &mapped {
+                let handles = world.server.gpadls();
+                let live = (1..4).filter_map(|handle| handles.get(GpadlHandle(handle)));
+                let there = live.into_iter().any(|lent| lent.ranges() == mapped.ranges());
+                prop_assert!(there || mapped.is_revoked());
             }
             world.server.post(world.now, live, &request);
             world.server.run(world.now);

@@ -948,6 +948,9 @@ impl Server {
         if !matches!(channel.state, ChannelState::Open { .. }) {
             return Err("the channel is not open");
         }
+        if VpIndex(modify.target_vp.get()) == NO_INTERRUPTS {
+            return Err("the target VP is none");
+        }
         if status.is_success() {
             self.events.push_back(Event::TargetVp {
                 channel: id,

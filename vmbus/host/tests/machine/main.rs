@@ -6,6 +6,7 @@ mod balloon;
 mod blocking;
 mod dispatcher;
 mod gpadls;
+mod hostile;
 mod hosts;
 mod integration;
 mod lifecycle;
