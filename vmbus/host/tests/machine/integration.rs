@@ -263,7 +263,7 @@ fn a_negotiation_in_the_middle_of_a_request_waits_for_its_answer() {
 #[test]
 fn broken_version_lists_are_refused() {
     fn more_than_there_is(message: &mut Vec<u8>) {
-        message[host::HEADER] = 200;
+        message.splice(host::HEADER..host::HEADER + 2, [200, 0]);
     }
     fn no_room_for_the_counts(message: &mut Vec<u8>) {
         message.truncate(host::HEADER + 4);
@@ -706,17 +706,19 @@ impl ic::Service for Heart {
 
 type ForHeartbeat = Setup<ic::Integration, host::Heartbeat>;
 
-fn heartbeat(sequence: u64, rule: fn(&mut [u8]) -> Reply) -> ForHeartbeat {
+fn heartbeat(component: host::Heartbeat, rule: fn(&mut [u8]) -> Reply) -> ForHeartbeat {
     let driver = |vm: &Vm| ic::Integration::new(vm.vmbus.client(), Arc::new(Heart(rule))).unwrap();
-    let setup = Setup::new(Host::HyperV, host::Heartbeat::new(sequence), driver, |_| {});
+    let setup = Setup::new(Host::HyperV, component, driver, |_| {});
     setup.vm.machine.advance(20 * SECOND);
     setup
 }
 
 #[test]
 fn heartbeats_come_every_two_seconds_and_go_back_plus_one() {
-    for sequence in [0, 41, u64::MAX] {
-        let setup = heartbeat(sequence, beat);
+    for (sequence, size) in [(0, 40), (41, 16), (u64::MAX, 40)] {
+        let mut component = host::Heartbeat::new(sequence);
+        component.body_size = size;
+        let setup = heartbeat(component, beat);
         let service = setup.service.lock();
         assert_eq!(service.version(), Some(Version(3, 1)));
         assert_eq!(service.component.sent(), 11);
@@ -728,7 +730,7 @@ fn heartbeats_come_every_two_seconds_and_go_back_plus_one() {
 
 #[test]
 fn a_heart_that_stops_is_noticed() {
-    let setup = heartbeat(1, |_| Reply::Later);
+    let setup = heartbeat(host::Heartbeat::new(1), |_| Reply::Later);
     {
         let service = setup.service.lock();
         assert_eq!(service.component.sent(), 1);
@@ -744,7 +746,7 @@ fn a_heart_that_stops_is_noticed() {
     );
     drop(service);
 
-    let setup = heartbeat(1, |body| {
+    let setup = heartbeat(host::Heartbeat::new(1), |body| {
         if body[0] < 5 {
             beat(body)
         } else {
@@ -760,7 +762,7 @@ fn a_heart_that_stops_is_noticed() {
 fn a_wrong_heartbeat_is_complained_about() {
     let wrong_number = |_: &mut [u8]| Reply::Now(Status::OK);
     assert!(
-        heartbeat(1, wrong_number)
+        heartbeat(host::Heartbeat::new(1), wrong_number)
             .service
             .lock()
             .complaints()
@@ -771,7 +773,7 @@ fn a_wrong_heartbeat_is_complained_about() {
         beat(body)
     };
     assert!(
-        heartbeat(1, other_bytes)
+        heartbeat(host::Heartbeat::new(1), other_bytes)
             .service
             .lock()
             .complaints()
