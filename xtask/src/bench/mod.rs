@@ -1,10 +1,11 @@
 //! `cargo xtask bench`: what a boot costs, in counts that do not depend on how
-//! fast the computer is.
+//! fast the computer is, and what a packet costs.
 
 mod boot;
 mod memory;
 mod meter;
 mod referee;
+mod ring;
 mod svg;
 mod trace;
 
@@ -28,6 +29,9 @@ enum What {
     /// Find the least memory that an appliance boots in
     #[command(long_about = MEMORY)]
     Memory(memory::Options),
+    /// Time packets through ring and callbacks, beside a memcpy
+    #[command(long_about = RING)]
+    Ring(ring::Options),
 }
 
 const BOOT: &str = "\
@@ -50,10 +54,23 @@ Find the least memory that an appliance boots in.
 
 Boots with less and less memory, by bisection, until it no longer comes up.";
 
+const RING: &str = "\
+Time packets through ring and callbacks, beside a memcpy.
+
+Runs natively, both ends in one process and on one thread. Rows: `send` is allocate_packet and send of \
+the library, `receive` the ring alone, `dispatch` an interrupt with the callbacks for each packet of a batch, \
+`round trip` a transaction with the host's part of it, one at a time. `memcpy in` and `memcpy out` copy the same \
+bytes to and from places that lie as packets do.
+
+Each figure is a median of rounds, and each round a median of batches, with the first round left out. The \
+command fails when anything is allocated after that. `signals` are those to the host, per packet. \
+With --instructions, valgrind counts the instructions of small packets.";
+
 /// Runs a benchmark.
 pub fn run(options: &Options) -> Result<ExitCode> {
     match &options.what {
         What::Boot(options) => boot::run(options),
         What::Memory(options) => memory::run(options),
+        What::Ring(options) => ring::run(options),
     }
 }
