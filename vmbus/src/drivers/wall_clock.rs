@@ -470,6 +470,50 @@ mod tests {
         }
     }
 
+    /// Readers on other processors, while the clock is steered to and fro: nobody sees half of a line, and nobody sees time
+    /// go back.
+    #[test]
+    fn readers_meanwhile_see_whole_lines_and_no_step_back() {
+        let clock = WallClock::new();
+        let now = AtomicU64::new(S);
+        clock.sample(S, sample(HOST + S, S)).unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let readers: Vec<_> = (0..2)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let mut last = Duration::ZERO;
+                        let mut count = 0u64;
+                        while !done.load(Ordering::Relaxed) || count == 0 {
+                            let next = clock.utc(now.load(Ordering::SeqCst)).unwrap();
+                            assert!(next > last);
+                            last = next;
+                            count += 1;
+                        }
+                        (last, count)
+                    })
+                })
+                .collect();
+            for round in 0..20_000u64 {
+                let at = now.fetch_add(S, Ordering::SeqCst) + S;
+                // A second ahead, then right again.
+                let off = (round % 2) * S;
+                clock.sample(at, sync(HOST + at + off, at)).unwrap();
+            }
+            done.store(true, Ordering::Relaxed);
+            let readings: Vec<_> = readers
+                .into_iter()
+                .map(|reader| reader.join().unwrap())
+                .collect();
+            // Half of a line would have shown another year. That no two readings are equal makes each 25 ns late at most.
+            let latest = utc(HOST + now.load(Ordering::SeqCst) + S).unwrap();
+            let count: u64 = readings.iter().map(|&(_, count)| count).sum();
+            for (last, _) in readings {
+                assert!(last <= latest + Duration::from_nanos(25 * count));
+            }
+        });
+    }
+
     #[derive(Clone, Debug)]
     enum Step {
         Read,

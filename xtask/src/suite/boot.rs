@@ -34,7 +34,7 @@ const LEAST_MIB: u32 = 8;
 
 /// Every fact of the table, as the nested machine and QEMU on KVM give it.
 fn table(stand: &mut Stand) -> Result<String> {
-    let config = stand.hello(&[])?;
+    let config = stand.hello(&["counters"])?;
     stand.with(&config, |vm| {
         for row in [
             r"hypervisor +Microsoft Hv, version \d+\.",
@@ -47,15 +47,20 @@ fn table(stand: &mut Stand) -> Result<String> {
             r"interface 525074dc-8985-46e2-8057-a307dc18a502",
             r"memory +\d+ KiB: \d+ KiB used",
             r"balloon +protocol \d\.\d",
+            r"wall clock +not set: no device",
             r"interrupts +[1-9]\d* handled, \d+ spurious",
             r"boot +\d+ us +kernel entry",
             r"boot +\d+ us +main",
+            r"channel +balloon: active",
+            r"[1-9]\d* packets_received",
+            r"channel +shutdown: enabled",
+            r"channel +time sync: enabled",
         ] {
             vm.expect(&format!("^ +{row}"), PATIENCE)?;
         }
         vm.expect(READY, PATIENCE)
     })?;
-    Ok("hypervisor, features, clock, timer, offer with driver, memory, milestones".into())
+    Ok("hypervisor, features, clock, timer, offer with driver, memory, milestones, counters".into())
 }
 
 fn memory(stand: &mut Stand, mib: u32, cpus: u32) -> Result<String> {
