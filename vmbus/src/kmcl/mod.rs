@@ -24,6 +24,7 @@ mod quota;
 mod raw;
 mod request;
 mod sender;
+mod slots;
 mod trace;
 
 pub use blocking::WouldBlock;

@@ -367,7 +367,7 @@ impl Shared {
             return Ok(body);
         }
         let mut body = Box::new(Body::new(&self.config)?);
-        body.slot = self.send.lock(hypervisor).add_slot(maximum)?;
+        body.slot = self.send.lock(hypervisor).slots.add(maximum)?;
         Ok(body)
     }
 

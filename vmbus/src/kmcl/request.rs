@@ -3,18 +3,21 @@
 //! `VmbChannelSendSynchronousRequest` in three forms: [`Channel::request`] as a future, [`Channel::send_synchronous_request`] which
 //! blocks, and [`Channel::try_send`] which never waits for anything (spec kmcl.md 1.9).
 
+use alloc::boxed::Box;
 use core::fmt;
 use core::future::Future;
+use core::mem;
 use core::ops::Deref;
 use core::pin::Pin;
 use core::sync::atomic::{AtomicU32, Ordering};
-use core::task::{Context, Poll};
+use core::task::{Context, Poll, Waker};
 
 use super::channel::{Channel, Shared, State};
-use super::error::RequestError;
+use super::error::{ChannelError, RequestError};
 use super::external::ExternalData;
-use super::outgoing::{Ending, OutgoingPacket};
-use super::sender::{Order, Refusal, Sent};
+use super::outgoing::{Body, Ending, OutgoingPacket};
+use super::sender::{Abandoned, Order, Refusal, SendSide, Sent};
+use super::slots::{Ended, Waiter};
 use crate::hypervisor::Level;
 use crate::ids::VpIndex;
 
@@ -317,5 +320,135 @@ impl From<Refusal> for RequestError {
             Refusal::Ended(reason) => Self::Removed(reason),
             Refusal::Failure(reason) => Self::Send(reason),
         }
+    }
+}
+
+/// Who waits, for what, and until when.
+impl Shared {
+    /// Books the request that waits for the packet in a slot, if one does.
+    pub(super) fn note_request(&self, side: &mut SendSide, index: usize, order: &Order<'_>) {
+        if let Some(until) = order.request
+            && let Some(slot) = side.slots.get_mut(index)
+        {
+            slot.waiter = Waiter::Waiting { waker: None, until };
+            if until < self.request_at.fetch_min(until, Ordering::SeqCst) {
+                // The one who sleeps until the deadline has to learn of it.
+                self.client.request_work();
+            }
+        }
+    }
+
+    /// Tells a request that its packet has ended.
+    pub(super) fn end_request(&self, body: Box<Body>, result: Result<(), ChannelError>) {
+        let mut side = self.send.lock(&*self.client.hypervisor);
+        let (waker, left) = side.slots.end_request(body, result);
+        drop(side);
+        if let Some(body) = left {
+            self.put_aside(body);
+        }
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Looks whether the packet of a request has ended; if not, `waker` will be woken when it does. `None` when the library has
+    /// given the request up.
+    fn poll_request(&self, id: u64, waker: Waker) -> Poll<Option<Ended>> {
+        let mut waker = Some(waker);
+        let mut side = self.send.lock(&*self.client.hypervisor);
+        let Some((_, slot)) = side.slots.find(id) else {
+            return Poll::Ready(None);
+        };
+        match mem::take(&mut slot.waiter) {
+            Waiter::Ended(ended) => Poll::Ready(Some(ended)),
+            Waiter::Waiting {
+                waker: mut known,
+                until,
+            } => {
+                mem::swap(&mut known, &mut waker);
+                slot.waiter = Waiter::Waiting {
+                    waker: known,
+                    until,
+                };
+                // The one before is dropped while no lock is held.
+                drop(side);
+                drop(waker);
+                Poll::Pending
+            }
+            other => {
+                slot.waiter = other;
+                Poll::Ready(None)
+            }
+        }
+    }
+
+    /// Why the library gave up a request whose time is not over.
+    fn end_reason(&self) -> ChannelError {
+        self.send.lock(&*self.client.hypervisor).reason()
+    }
+
+    /// Stops waiting for the packet of a request; nobody is woken.
+    fn cancel_request(&self, id: u64) {
+        let mut side = self.send.lock(&*self.client.hypervisor);
+        let Some((index, _)) = side.slots.find(id) else {
+            return;
+        };
+        let abandoned = side.abandon(index);
+        drop(side);
+        if abandoned.waited {
+            self.counters.cancelled_requests.add(1);
+        }
+        drop(self.clean_up(abandoned));
+    }
+
+    /// Gives up every request whose time is over. At PASSIVE.
+    pub(super) fn expire_requests(&self, now: u64) {
+        // Those that come meanwhile lower it again.
+        self.request_at.store(u64::MAX, Ordering::SeqCst);
+        self.abandon_requests(|until| {
+            let over = until <= now;
+            if over {
+                self.counters.cancelled_requests.add(1);
+            } else {
+                self.request_at.fetch_min(until, Ordering::SeqCst);
+            }
+            over
+        });
+    }
+
+    /// Gives up every request because the channel ends: nobody may wait for what will not come, while the memory lent to the
+    /// host stays with the library until the host has let go.
+    pub(super) fn give_up_requests(&self) {
+        self.abandon_requests(|_| true);
+    }
+
+    fn abandon_requests(&self, over: impl Fn(u64) -> bool) {
+        for index in 0.. {
+            let mut side = self.send.lock(&*self.client.hypervisor);
+            let until = match side.slots.get_mut(index).map(|slot| &slot.waiter) {
+                Some(Waiter::Waiting { until, .. }) => *until,
+                Some(_) => continue,
+                None => return,
+            };
+            if !over(until) {
+                continue;
+            }
+            let abandoned = side.abandon(index);
+            drop(side);
+            if let Some(waker) = self.clean_up(abandoned) {
+                waker.wake();
+            }
+        }
+    }
+
+    fn clean_up(&self, abandoned: Abandoned) -> Option<Waker> {
+        if let Some(body) = abandoned.body {
+            self.put_aside(body);
+        }
+        if abandoned.front {
+            // What waits behind it may need less room.
+            self.defer();
+        }
+        abandoned.waker
     }
 }

@@ -5,13 +5,14 @@ use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use core::mem;
 use core::sync::atomic::Ordering;
-use core::task::{Poll, Waker};
+use core::task::Waker;
 
 use super::builder::ChannelBuilder;
 use super::channel::{Channel, Shared};
 use super::error::{AllocateError, ChannelError, PacketError, SendFailure};
 use super::incoming::Content;
 use super::outgoing::{Body, Ending, OutgoingPacket};
+use super::slots::{Answered, Slots, Waiter};
 use super::{pipe, trace};
 use crate::ids::PAGE_SIZE;
 use crate::ring::{
@@ -54,7 +55,7 @@ pub(super) struct SendSide {
     incoming: Option<Ring>,
     /// Packets that wait for room, in order. Has room for all that can exist.
     queue: VecDeque<Queued>,
-    slots: Vec<Slot>,
+    pub(super) slots: Slots,
     /// Packets that nobody uses.
     #[expect(
         clippy::vec_box,
@@ -68,33 +69,6 @@ enum Queued {
     Packet(Box<Body>),
     Completion(Box<Content>),
 }
-
-/// The place of one packet: what its transaction id leads to.
-#[derive(Default)]
-struct Slot {
-    /// Grows with each use, so that a late or repeated answer finds nothing.
-    generation: u32,
-    /// The packet, from its entering the ring until the host has answered.
-    in_flight: Option<Box<Body>>,
-    waiter: Waiter,
-}
-
-/// Which request waits for the packet of a slot.
-#[derive(Default)]
-enum Waiter {
-    /// None: the packet ends by its routine.
-    #[default]
-    Nobody,
-    /// This one, until this reference time.
-    Waiting { waker: Option<Waker>, until: u64 },
-    /// The packet has ended, and the request has not looked yet.
-    Ended(Ended),
-    /// It waits no more, but the host may still answer, and touch what was lent to it.
-    GaveUp,
-}
-
-/// A packet that has ended, and how.
-pub(super) type Ended = (Box<Body>, Result<(), ChannelError>);
 
 /// What is to be sent.
 pub(super) struct Order<'a> {
@@ -124,24 +98,15 @@ pub(super) enum Sent {
     Done { id: u64, body: Box<Body> },
 }
 
-/// What an answer of the host belongs to.
-pub(super) enum Answered {
-    Packet(Box<Body>),
-    Request(Option<Waker>),
-    /// A request that has given up.
-    Late(Box<Body>),
-    Unknown,
-}
-
 /// What is left of a request that stops waiting.
 #[derive(Default)]
-struct Abandoned {
-    waker: Option<Waker>,
-    body: Option<Box<Body>>,
+pub(super) struct Abandoned {
+    pub(super) waker: Option<Waker>,
+    pub(super) body: Option<Box<Body>>,
     /// Whether others waited behind it for room.
-    front: bool,
+    pub(super) front: bool,
     /// Whether it had an answer to wait for.
-    waited: bool,
+    pub(super) waited: bool,
 }
 
 /// What one round of draining the queue did.
@@ -162,7 +127,7 @@ impl SendSide {
             writer: None,
             incoming: None,
             queue: VecDeque::with_capacity(packets + completions),
-            slots: Vec::with_capacity(packets),
+            slots: Slots::with_capacity(packets),
             aside: Vec::with_capacity(packets),
         }
     }
@@ -184,80 +149,22 @@ impl SendSide {
         self.reason = reason;
     }
 
+    /// Why nothing is sent, while nothing is.
+    pub(super) fn reason(&self) -> ChannelError {
+        self.reason
+    }
+
     /// A packet that nobody uses; `None` when one more can be made.
     pub(super) fn reuse(&mut self, maximum: usize) -> Result<Option<Box<Body>>, AllocateError> {
         match self.aside.pop() {
-            None if self.slots.len() >= maximum => Err(AllocateError::TooMany { maximum }),
+            None if self.slots.is_full(maximum) => Err(AllocateError::TooMany { maximum }),
             body => Ok(body),
-        }
-    }
-
-    /// The slot of a packet that has been made.
-    pub(super) fn add_slot(&mut self, maximum: usize) -> Result<usize, AllocateError> {
-        let index = self.slots.len();
-        if index >= maximum {
-            return Err(AllocateError::TooMany { maximum });
-        }
-        self.slots.push(Slot::default());
-        Ok(index)
-    }
-
-    /// A new id for the packet in a slot.
-    fn id_of(&mut self, slot: usize) -> u64 {
-        let generation = self.slots.get_mut(slot).map_or(0, |slot| {
-            slot.generation = slot.generation.wrapping_add(1);
-            slot.generation
-        });
-        u64::from(generation) << 32 | (slot as u64 + 1)
-    }
-
-    /// The slot of the packet that has this id now.
-    fn slot(&mut self, id: u64) -> Option<(usize, &mut Slot)> {
-        let index = usize::try_from((id & 0xFFFF_FFFF).checked_sub(1)?).ok()?;
-        let slot = self.slots.get_mut(index)?;
-        (u64::from(slot.generation) == id >> 32).then_some((index, slot))
-    }
-
-    /// The packet with this transaction id, once. A request gets the answer itself, in exchange for its own buffer.
-    fn retire(&mut self, id: u64, answer: &mut PacketBuffer) -> Answered {
-        let Some((_, slot)) = self.slot(id) else {
-            return Answered::Unknown;
-        };
-        let Some(mut body) = slot.in_flight.take() else {
-            return Answered::Unknown;
-        };
-        match mem::take(&mut slot.waiter) {
-            Waiter::Waiting { waker, .. } => {
-                mem::swap(body.answer.get_or_insert_default(), answer);
-                slot.waiter = Waiter::Ended((body, Ok(())));
-                Answered::Request(waker)
-            }
-            Waiter::GaveUp => Answered::Late(body),
-            Waiter::Nobody | Waiter::Ended(..) => Answered::Packet(body),
-        }
-    }
-
-    /// Ends the packet of a request. Gives it back when the request has given up.
-    fn end_request(
-        &mut self,
-        body: Box<Body>,
-        result: Result<(), ChannelError>,
-    ) -> (Option<Waker>, Option<Box<Body>>) {
-        let Some(slot) = self.slots.get_mut(body.slot) else {
-            return (None, Some(body));
-        };
-        match mem::take(&mut slot.waiter) {
-            Waiter::Waiting { waker, .. } => {
-                slot.waiter = Waiter::Ended((body, result));
-                (waker, None)
-            }
-            Waiter::Nobody | Waiter::GaveUp | Waiter::Ended(..) => (None, Some(body)),
         }
     }
 
     /// Makes a request stop waiting. What waits for room is not sent; what the host has stays with
     /// the library, slot and all, until the host answers or has let go of the channel.
-    fn abandon(&mut self, index: usize) -> Abandoned {
+    pub(super) fn abandon(&mut self, index: usize) -> Abandoned {
         let Some(slot) = self.slots.get_mut(index) else {
             return Abandoned::default();
         };
@@ -346,23 +253,12 @@ impl SendSide {
                 Err(PushError::TooLarge { .. }) => return Err(RingError::Memory),
             }
             *place = match self.queue.pop_front() {
-                Some(Queued::Packet(body)) => book(&mut self.slots, body).map(Queued::Packet),
+                Some(Queued::Packet(body)) => self.slots.book(body).map(Queued::Packet),
                 completion => completion,
             };
         }
         Ok(None)
     }
-}
-
-/// Books a packet that is in the ring: into its slot if an answer is to come, else back to the caller.
-fn book(slots: &mut [Slot], body: Box<Body>) -> Option<Box<Body>> {
-    if body.transaction.is_none() {
-        return Some(body);
-    }
-    if let Some(slot) = slots.get_mut(body.slot) {
-        slot.in_flight = Some(body);
-    }
-    None
 }
 
 /// The packet as the ring takes it.
@@ -445,7 +341,7 @@ impl Channel {
         shared.counters.completions_received.add(1);
         let id = completion.transaction_id();
         let mut side = shared.send.lock(&*shared.client.hypervisor);
-        let answered = side.retire(id, completion);
+        let answered = side.slots.retire(id, completion);
         drop(side);
         match answered {
             Answered::Packet(body) => self.finish_packet(body, Ok(completion.payload())),
@@ -504,7 +400,7 @@ impl Shared {
             }
         };
         let index = body.slot;
-        let id = side.id_of(index);
+        let id = side.slots.id_of(index);
         body.transaction = order.transaction.then_some(id);
         let header = pipe::header(order.data.len());
         if open && side.is_clear() {
@@ -519,7 +415,7 @@ impl Shared {
             // The slot must be taken before the host can answer, so the lock is held across the write.
             match side.push(&packet) {
                 Ok(Some(signal)) => {
-                    let back = book(&mut side.slots, body);
+                    let back = side.slots.book(body);
                     self.note_request(&mut side, index, order);
                     drop(side);
                     self.written(1, signal);
@@ -734,135 +630,7 @@ impl ChannelBuilder {
     }
 }
 
-/// Requests: packets that somebody waits for.
 impl Shared {
-    /// Books the request that waits for the packet in a slot, if one does.
-    fn note_request(&self, side: &mut SendSide, index: usize, order: &Order<'_>) {
-        if let Some(until) = order.request
-            && let Some(slot) = side.slots.get_mut(index)
-        {
-            slot.waiter = Waiter::Waiting { waker: None, until };
-            if until < self.request_at.fetch_min(until, Ordering::SeqCst) {
-                // The one who sleeps until the deadline has to learn of it.
-                self.client.request_work();
-            }
-        }
-    }
-
-    /// Tells a request that its packet has ended.
-    fn end_request(&self, body: Box<Body>, result: Result<(), ChannelError>) {
-        let mut side = self.send.lock(&*self.client.hypervisor);
-        let (waker, left) = side.end_request(body, result);
-        drop(side);
-        if let Some(body) = left {
-            self.put_aside(body);
-        }
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-
-    /// Looks whether the packet of a request has ended; if not, `waker` will be woken when it does. `None` when the library has
-    /// given the request up.
-    pub(super) fn poll_request(&self, id: u64, waker: Waker) -> Poll<Option<Ended>> {
-        let mut waker = Some(waker);
-        let mut side = self.send.lock(&*self.client.hypervisor);
-        let Some((_, slot)) = side.slot(id) else {
-            return Poll::Ready(None);
-        };
-        match mem::take(&mut slot.waiter) {
-            Waiter::Ended(ended) => Poll::Ready(Some(ended)),
-            Waiter::Waiting {
-                waker: mut known,
-                until,
-            } => {
-                mem::swap(&mut known, &mut waker);
-                slot.waiter = Waiter::Waiting {
-                    waker: known,
-                    until,
-                };
-                // The one before is dropped while no lock is held.
-                drop(side);
-                drop(waker);
-                Poll::Pending
-            }
-            other => {
-                slot.waiter = other;
-                Poll::Ready(None)
-            }
-        }
-    }
-
-    /// Why the library gave up a request whose time is not over.
-    pub(super) fn end_reason(&self) -> ChannelError {
-        self.send.lock(&*self.client.hypervisor).reason
-    }
-
-    /// Stops waiting for the packet of a request; nobody is woken.
-    pub(super) fn cancel_request(&self, id: u64) {
-        let mut side = self.send.lock(&*self.client.hypervisor);
-        let Some((index, _)) = side.slot(id) else {
-            return;
-        };
-        let abandoned = side.abandon(index);
-        drop(side);
-        if abandoned.waited {
-            self.counters.cancelled_requests.add(1);
-        }
-        drop(self.clean_up(abandoned));
-    }
-
-    /// Gives up every request whose time is over. At PASSIVE.
-    pub(super) fn expire_requests(&self, now: u64) {
-        // Those that come meanwhile lower it again.
-        self.request_at.store(u64::MAX, Ordering::SeqCst);
-        self.abandon_requests(|until| {
-            let over = until <= now;
-            if over {
-                self.counters.cancelled_requests.add(1);
-            } else {
-                self.request_at.fetch_min(until, Ordering::SeqCst);
-            }
-            over
-        });
-    }
-
-    /// Gives up every request because the channel ends: nobody may wait for what will not come, while the memory lent to the
-    /// host stays with the library until the host has let go.
-    pub(super) fn give_up_requests(&self) {
-        self.abandon_requests(|_| true);
-    }
-
-    fn abandon_requests(&self, over: impl Fn(u64) -> bool) {
-        for index in 0.. {
-            let mut side = self.send.lock(&*self.client.hypervisor);
-            let until = match side.slots.get(index).map(|slot| &slot.waiter) {
-                Some(Waiter::Waiting { until, .. }) => *until,
-                Some(_) => continue,
-                None => return,
-            };
-            if !over(until) {
-                continue;
-            }
-            let abandoned = side.abandon(index);
-            drop(side);
-            if let Some(waker) = self.clean_up(abandoned) {
-                waker.wake();
-            }
-        }
-    }
-
-    fn clean_up(&self, abandoned: Abandoned) -> Option<Waker> {
-        if let Some(body) = abandoned.body {
-            self.put_aside(body);
-        }
-        if abandoned.front {
-            // What waits behind it may need less room.
-            self.defer();
-        }
-        abandoned.waker
-    }
-
     /// Keeps what was lent with packets that the host has not answered, although the packets are about to end: it is not
     /// known when the host lets go of it.
     pub(super) fn keep_lent_memory(&self) {

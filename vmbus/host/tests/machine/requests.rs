@@ -17,7 +17,7 @@ use vmbus_host::bus::{Device, Fault, Profile, Rule};
 use vmbus_host::channel::HostChannel;
 use vmbus_host::machine::{Manual, Provider};
 
-use crate::support::{INSTANCE, INTERFACE, Journal, Vm, is_active, number, received};
+use crate::support::{INSTANCE, INTERFACE, Journal, Shelf, Vm, is_active, number, received};
 
 /// A host that answers every request with these bytes.
 struct Answering(&'static [u8]);
@@ -620,6 +620,69 @@ fn requests_that_cannot_be_sent_say_why() {
         .assert_error(RequestError::Allocate(AllocateError::TooMany {
             maximum: 1,
         }));
+}
+
+#[test]
+fn a_driver_that_waits_while_it_holds_a_packet_does_not_hold_up_the_end_of_the_channel() {
+    let shelf = Shelf::default();
+    let holder = shelf.clone();
+    let open = open_with(builder().process_packet_callbacks(
+        move |_, packet| holder.lock().unwrap().push(packet.hold()),
+        |_, _| {},
+    ));
+    open.vm.send(open.id, b"12345678");
+    let held = shelf.lock().unwrap().pop().unwrap();
+    open.channel.disable();
+    // The channel closes when the packet is completed, and that is not before this has returned.
+    let result = open.channel().send_synchronous_request(
+        b"question",
+        ExternalData::new(),
+        Timeout::Never,
+        &mut [],
+    );
+    assert_eq!(result, Err(RequestError::Removed(ChannelError::Disabled)));
+    assert_eq!(open.channel().state(), State::Suspending);
+    held.complete(&[]);
+    open.vm.machine.settle();
+    assert_eq!(open.channel().state(), State::Disabled);
+}
+
+#[test]
+fn a_request_on_a_paused_channel_waits_for_the_resume() {
+    let open = open();
+    let _paused = open.channel().pause().unwrap();
+    open.vm.machine.settle();
+    assert_eq!(open.channel().state(), State::Paused);
+    let mut request = open.request(b"question", Timeout::Never);
+    let mut in_time = open.request(b"question", Timeout::After(500));
+    request.assert_pending();
+    assert_eq!(
+        open.channel().try_send(b"question"),
+        Err(RequestError::NotQueued)
+    );
+    open.vm.machine.advance(500);
+    in_time.assert_error(RequestError::Cancelled);
+    assert_eq!(open.transactions(), [] as [u64; 0]);
+    open.channel().start().unwrap();
+    open.vm.machine.settle();
+    let ids = open.transactions();
+    open.answer(ids[0], b"answer!!");
+    request.assert_answer(b"answer!!");
+    assert_eq!(ids.len(), 1);
+}
+
+#[test]
+fn a_channel_in_raw_mode_has_no_requests() {
+    let (vm, _) = Vm::with_device();
+    let builder = ChannelBuilder::new(INTERFACE).queue_management_suppressed(|_| {});
+    let channel = vm.enable(&builder);
+    assert!(is_active(&channel));
+    let raw = RequestError::Allocate(AllocateError::Raw);
+    assert_eq!(channel.channel().try_send(b"question"), Err(raw));
+    let request = channel
+        .channel()
+        .request(b"question", ExternalData::new(), Timeout::Never);
+    Polled::new(request).assert_error(raw);
 }
 
 // The blocking form.
