@@ -215,6 +215,10 @@ impl OutgoingPacket {
 
     /// Sends `data` as a request that lends memory to the host. It is always a request: without an answer nobody would know when
     /// the host is done with the memory (spec kmcl.md 6.1, 23).
+    ///
+    /// # Errors
+    ///
+    /// The packet comes back with the memory: [`take_external_data`](Self::take_external_data).
     pub fn send_with_external_data(
         self,
         data: &[u8],
