@@ -58,7 +58,8 @@ pub trait Hypervisor: Send + Sync {
     }
 
     /// Asks for `Vmbus::run_work` to be called soon, at PASSIVE. Cheap when
-    /// that has been asked for already.
+    /// that has been asked for already. The call sees everything that was done before any of the requests that it answers:
+    /// note a request down by a read-modify-write with release, not by a store.
     fn request_work(&self);
 }
 

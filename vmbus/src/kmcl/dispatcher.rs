@@ -370,21 +370,10 @@ impl ReceiveSide {
     /// A place for one more packet, if quota and memory allow one.
     #[cold]
     fn admit(&mut self, shared: &Shared) -> Option<Box<Content>> {
-        let mut place = || {
-            if !shared.quota.admits() {
-                return None;
-            }
+        shared.quota.admit(|| {
             let pooled = || shared.pool.lock(&*shared.client.hypervisor).take();
             self.spare.take().or_else(pooled)
-        };
-        if let Some(content) = place() {
-            return Some(content);
-        }
-        // A completion that came before the mark is seen by the look after it, a later one sees the mark.
-        shared.quota.mark_starved();
-        let content = place()?;
-        shared.quota.take_starved();
-        Some(content)
+        })
     }
 
     /// Hands one packet to the driver.

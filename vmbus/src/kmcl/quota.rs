@@ -48,9 +48,17 @@ impl Quota {
         before & STARVED != 0 && self.take_mark()
     }
 
-    /// Marks that delivery waits. What has been completed before is seen by a look after this.
-    pub(super) fn mark_starved(&self) {
+    /// A place for one more packet, if the quota admits it and `find` has one. If not, delivery is marked as waiting:
+    /// whoever completes a packet or gives a place back after that learns of it, and what was done before is seen here.
+    pub(super) fn admit<T>(&self, mut find: impl FnMut() -> Option<T>) -> Option<T> {
+        let mut admit = || if self.admits() { find() } else { None };
+        if let Some(place) = admit() {
+            return Some(place);
+        }
         self.state.fetch_or(STARVED, Ordering::AcqRel);
+        let place = admit()?;
+        self.take_mark();
+        Some(place)
     }
 
     /// Whether delivery waits. Takes the mark away, so that one caller runs it again.
