@@ -267,12 +267,16 @@ impl Machine {
         self.pending.lock().len()
     }
 
-    /// Moves the clock and does nothing else. A deadline of the guest that has come asks for its work.
+    /// Moves the clock and does nothing else.
     pub fn pass(&self, time: u64) {
-        let now = self.time.fetch_add(time, Ordering::SeqCst) + time;
-        if let Some(guest) = self.guest()
-            && guest.deadline().is_some_and(|at| at <= now)
-        {
+        self.time.fetch_add(time, Ordering::SeqCst);
+    }
+
+    /// Asks for the guest's work if its deadline has come. Not in the middle of what the guest does.
+    pub fn step_deadline(&self) {
+        let due = |guest: Arc<dyn Guest>| guest.deadline();
+        let now = self.time.load(Ordering::SeqCst);
+        if self.guest().and_then(due).is_some_and(|at| at <= now) {
             self.work_requested.store(true, Ordering::SeqCst);
         }
     }
@@ -307,7 +311,11 @@ impl Machine {
 
     /// Takes a device away, or one sub-channel of it. A host that closes its end does just this.
     pub fn rescind(&self, id: ChannelId) -> bool {
-        self.host.lock().server.rescind(id)
+        let mut host = self.host.lock();
+        let there = host.server.rescind(id);
+        // The host is done with the memory at once, and the guest need not wait until it says so.
+        host.lent.retain(|_, lent| !lent.is_revoked());
+        there
     }
 
     /// The bus server.
@@ -611,6 +619,9 @@ impl Host {
                     .partition(|channel| channel.opening.ring == handle);
                 self.closing = rest;
                 gone.iter().for_each(|channel| self.check(channel));
+                // The guest does not close a channel that was taken away.
+                self.open
+                    .retain(|_, channel| channel.opening.ring != handle);
                 self.check_lent(handle);
             }
             Event::Disconnected => {
@@ -630,7 +641,8 @@ impl Host {
                     .for_each(|handle| self.check_lent(handle));
             }
             Event::GpadlCreated(handle) => {
-                if let Some(lent) = self.server.gpadls().get(handle) {
+                let lent = self.server.gpadls().get(handle);
+                if let Some(lent) = lent.filter(|lent| !lent.is_revoked()) {
                     self.lent.insert(handle, lent);
                 }
             }
@@ -665,7 +677,8 @@ impl Host {
 
     /// The guest cannot know yet that the host is done with the memory, so it must still have it.
     fn check(&mut self, channel: &HostChannel) {
-        if !channel.guest_holds_memory() {
+        let lent = self.lent.contains_key(&channel.opening.ring);
+        if lent && !channel.guest_holds_memory() {
             self.complaints
                 .push("ring memory was given back while the host had it");
         }

@@ -150,6 +150,11 @@ impl Lent {
     pub fn ranges(&self) -> &[Range] {
         &self.ranges
     }
+
+    /// Whether the guest may take the memory back: by a rescind or the end of the connection.
+    pub fn is_revoked(&self) -> bool {
+        self.revoked.load(Ordering::SeqCst)
+    }
 }
 
 impl Mapped {
