@@ -123,6 +123,8 @@ pub struct Bus {
     io: Io,
     /// Where messages go.
     message_connection: ConnectionId,
+    /// The host may still have what it was lent over a connection that this bus has given up.
+    abandoned: bool,
     next_gpadl: u32,
     next_open_id: u32,
     monitor: Option<MonitorPages>,
@@ -150,6 +152,7 @@ impl Bus {
             state: State::Idle,
             io: Io::default(),
             message_connection: LEGACY_CONNECTION,
+            abandoned: false,
             next_gpadl: 1,
             next_open_id: 1,
             monitor: None,
@@ -174,6 +177,7 @@ impl Bus {
     /// host may write to their memory until [`Event::Connected`].
     pub fn connect(&mut self, now: u64) {
         self.io.drop_messages();
+        self.abandoned |= matches!(self.state, State::Connected(_) | State::Unloading { .. });
         self.state = State::Idle;
         match Negotiation::new(&self.config) {
             Ok(negotiation) => {
@@ -190,7 +194,7 @@ impl Bus {
 
     /// Ends the connection: the host drops everything and then touches no shared memory any more.
     /// Messages that have not been polled yet are dropped, and so are the outcomes of calls under way. Ends with
-    /// [`Event::Unloaded`]; at once, when there is no connection.
+    /// [`Event::Unloaded`]; at once, when there is no connection: unacknowledged, if the end of an earlier one was.
     pub fn unload(&mut self, now: u64) {
         match self.state {
             State::Connected(_) => {
@@ -201,7 +205,7 @@ impl Bus {
                 };
             }
             State::Unloading { .. } => {}
-            State::Idle | State::Negotiating { .. } => self.unloaded(true),
+            State::Idle | State::Negotiating { .. } => self.unloaded(!self.abandoned),
         }
     }
 
@@ -507,6 +511,8 @@ impl Bus {
                 agreement.monitored = self.monitor.is_some();
                 self.message_connection = agreement.connection;
                 self.io.send(Subject::RequestOffers, &RequestOffers {});
+                // Making contact has made the host drop everything.
+                self.abandoned = false;
                 self.io.report(Event::Connected {
                     version: agreement.version,
                     features: agreement.features,
@@ -532,6 +538,7 @@ impl Bus {
     fn unloaded(&mut self, acknowledged: bool) {
         self.io.drop_messages();
         self.state = State::Idle;
+        self.abandoned = !acknowledged;
         self.io.report(Event::Unloaded { acknowledged });
     }
 }

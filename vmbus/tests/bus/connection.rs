@@ -700,6 +700,29 @@ fn without_a_connection_unload_is_done_at_once() {
 }
 
 #[test]
+fn a_host_that_did_not_confirm_the_end_has_not_confirmed_it_when_the_guest_leaves_again() {
+    let mut world = World::connected(Profile::hyper_v());
+    world
+        .server
+        .inject(Rule::once(MessageType::UNLOAD_COMPLETE, Fault::Drop));
+    let unconfirmed = Event::Unloaded {
+        acknowledged: false,
+    };
+    world.bus.unload(world.now);
+    world.wait(|event| *event == unconfirmed);
+    world.bus.unload(world.now);
+    assert_eq!(world.bus.poll_event(), Some(unconfirmed.clone()));
+    // Contact that was not answered yet has not reset the host for certain, either.
+    world.bus.connect(world.now);
+    world.bus.unload(world.now);
+    assert_eq!(world.bus.poll_event(), Some(unconfirmed));
+    world.bus.connect(world.now);
+    world.wait(|event| *event == Event::AllOffersDelivered);
+    world.bus.unload(world.now);
+    world.wait(|event| *event == Event::Unloaded { acknowledged: true });
+}
+
+#[test]
 fn contact_while_connected_is_a_reset() {
     for profile in PROFILES {
         let mut world = World::connected(profile());
