@@ -675,7 +675,8 @@ impl Channel {
             let _ = bus.lock().release(bound.channel);
         }
         let disable = shared.disable_requested.load(Ordering::SeqCst);
-        if rescinded && !announced && !disable && reason != ChannelError::Unloaded {
+        let final_word = matches!(reason, ChannelError::Unloaded | ChannelError::Refused(_));
+        if rescinded && !announced && !disable && !final_word {
             // The offer went away before it was open: wait for another one.
             let mut lifecycle = shared.lifecycle.lock();
             *lifecycle = Lifecycle {
