@@ -9,11 +9,11 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    bench,
+    bench, fuzz,
     guest::{self, Profile, Symboliser},
     image,
     machine::{Kind, process},
-    run, suite,
+    miri, run, suite,
     workspace::Workspace,
 };
 
@@ -49,6 +49,12 @@ enum Command {
     Symbolise(What),
     /// Measure what a boot costs
     Bench(bench::Options),
+    /// Feed made-up bytes to everything that parses what a host or a guest wrote
+    #[command(long_about = FUZZ)]
+    Fuzz(fuzz::Options),
+    /// Run the tests of the unsafe code under Miri
+    #[command(long_about = MIRI)]
+    Miri(miri::Options),
 }
 
 const RUN: &str = "\
@@ -94,6 +100,23 @@ Add functions and source lines to a guest's report, read from standard input.
 Copies standard input to standard output. Below each line with `#N 0xADDRESS` follow the functions \
 that the address belongs to, inlined ones first. The appliance must be the one that ran: same \
 sources, same profile. `cargo xtask run` does this by itself.";
+
+const FUZZ: &str = "\
+Feed made-up bytes to everything that parses what a host or a guest wrote.
+
+Each target of vmbus/fuzz runs with libFuzzer and AddressSanitizer from the corpus in the tree, as many \
+at a time as there are processors. One line per target: inputs tried, coverage counters hit, size of the corpus. \
+An input that fails is kept; its path and the command that plays it again are printed. New inputs \
+that reach new code are kept below target/ and used again the next time.
+
+The nightly toolchain that vmbus/fuzz/rust-toolchain.toml names is installed through rustup when it is missing.";
+
+const MIRI: &str = "\
+Run the tests of the unsafe code under Miri.
+
+Miri interprets the tests of shared memory, rings and channels, and reports undefined behaviour and data races. \
+It is slow, so the property tests try fewer cases. The nightly toolchain that vmbus/fuzz/rust-toolchain.toml names is \
+installed through rustup when it is missing.";
 
 /// Which appliance, and how it is built.
 #[derive(Debug, Clone, Args)]
@@ -168,6 +191,8 @@ fn carry_out(command: Command) -> Result<ExitCode> {
         Command::Image(options) => image::run(&options),
         Command::Symbolise(what) => symbolise(&what),
         Command::Bench(options) => bench::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
+        Command::Miri(options) => miri::run(&options),
     }
 }
 

@@ -28,6 +28,7 @@ use regex::Regex;
 use self::guests::Guests;
 use crate::{
     cli::Wish,
+    fuzz,
     machine::{self, Boot, Choice, Clock, Kind, Machine, Vm, VmConfig},
     packages::Packages,
     progress,
@@ -176,6 +177,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             count.unit(unit_tests(&workspace, package, &[], &[])?, package);
         }
     }
+    if options.filter.is_none() {
+        count.unit(corpus_tests(&workspace)?, "vmbus-fuzz");
+    }
     let mut packages = Packages::new(&workspace.store())?;
     if options.filter.is_none() {
         let done = loader_tests(&workspace, &mut packages)?;
@@ -290,6 +294,12 @@ fn spurious_interrupts(console: &str) -> u64 {
         .unwrap_or(0)
 }
 
+/// Plays the corpus of the fuzz targets once, as plain tests on the stable toolchain.
+fn corpus_tests(workspace: &Workspace) -> Result<(u32, u32)> {
+    let arguments = ["--manifest-path", fuzz::MANIFEST, "--no-default-features"];
+    unit_tests(workspace, "vmbus-fuzz", &arguments, &[])
+}
+
 /// Runs the loader's own tests under OVMF: a probe kernel checks from inside what it was handed.
 fn loader_tests(workspace: &Workspace, packages: &mut Packages) -> Result<(u32, u32)> {
     let qemu = packages.qemu()?;
@@ -357,7 +367,7 @@ fn unit_tests(
 }
 
 /// Adds up the `test result:` lines of cargo's output.
-fn totals(output: &str) -> (u32, u32) {
+pub fn totals(output: &str) -> (u32, u32) {
     let number = |line: &str, word: &str| {
         line.split([';', '.'])
             .find_map(|part| part.trim().strip_suffix(word)?.trim().parse::<u32>().ok())
