@@ -13,7 +13,7 @@ use crate::{
     guest::{self, Profile, Symboliser},
     image,
     machine::{Kind, process},
-    miri, run, suite,
+    miri, run, sim, suite,
     workspace::Workspace,
 };
 
@@ -55,6 +55,9 @@ enum Command {
     /// Run the tests of the unsafe code under Miri
     #[command(long_about = MIRI)]
     Miri(miri::Options),
+    /// Simulate VMBus: guest and host in one process, every step decided by a seed
+    #[command(long_about = SIM)]
+    Sim(sim::Options),
 }
 
 const RUN: &str = "\
@@ -117,6 +120,17 @@ Run the tests of the unsafe code under Miri.
 Miri interprets the tests of shared memory, rings and channels, and reports undefined behaviour and data races. \
 It is slow, so the property tests try fewer cases. The nightly toolchain that vmbus/fuzz/rust-toolchain.toml names is \
 installed through rustup when it is missing.";
+const SIM: &str = "\
+Simulate VMBus: guest and host in one process, every step decided by a seed.
+
+At each step the seed picks something that a driver does, something that the host does, a delivery, a move \
+of the clock or a fault; wherever the guest calls the machine below it, and in every callback, it picks again. An \
+oracle checks that order is kept, that every packet ends exactly once, that memory stays until the host has \
+let go, and that nothing is left behind when the faults stop. The same seed and number of steps give the same \
+run, and the last line tells a hash of it.
+
+When anything is wrong, the seed, the step, the last actions and the command to replay them are printed, and the \
+exit status is not 0. Without --seed a fresh one is taken.";
 
 /// Which appliance, and how it is built.
 #[derive(Debug, Clone, Args)]
@@ -193,6 +207,7 @@ fn carry_out(command: Command) -> Result<ExitCode> {
         Command::Bench(options) => bench::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Miri(options) => miri::run(&options),
+        Command::Sim(options) => sim::run(&options),
     }
 }
 

@@ -20,6 +20,7 @@ mod packages;
 mod progress;
 mod pvh;
 mod run;
+mod sim;
 mod suite;
 mod workspace;
 

@@ -31,7 +31,7 @@ use crate::{
     fuzz,
     machine::{self, Boot, Choice, Clock, Kind, Machine, Vm, VmConfig},
     packages::Packages,
-    progress,
+    progress, sim,
     workspace::Workspace,
 };
 
@@ -176,6 +176,10 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         for package in UNIT_TESTED {
             count.unit(unit_tests(&workspace, package, &[], &[])?, package);
         }
+        let optimised = ["--profile", sim::PROFILE];
+        let done = unit_tests(&workspace, "vmbus-sim", &optimised, &[])?;
+        count.unit(done, "vmbus-sim");
+        count.unit(sim::fresh(&workspace)?, "vmbus-sim with a fresh seed");
     }
     if options.filter.is_none() {
         count.unit(corpus_tests(&workspace)?, "vmbus-fuzz");

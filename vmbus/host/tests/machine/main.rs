@@ -16,6 +16,5 @@ mod packets;
 mod raw;
 mod requests;
 mod sending;
-mod simulation;
 mod subchannels;
 mod support;
