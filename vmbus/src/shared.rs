@@ -102,6 +102,11 @@ impl SharedPages {
         Some(unsafe { Self::from_raw(start, first, count, release) })
     }
 
+    /// Where the first page is mapped: for code that hands the memory to C. Nobody may make a reference to it.
+    pub fn as_ptr(&self) -> NonNull<u8> {
+        self.0.start
+    }
+
     /// The number of pages.
     pub fn page_count(&self) -> usize {
         self.0.count

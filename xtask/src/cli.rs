@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::{
     bench, fuzz,
     guest::{self, Profile, Symboliser},
-    image,
+    header, image,
     machine::{Kind, process},
     miri, run, sim, suite,
     workspace::Workspace,
@@ -47,6 +47,8 @@ enum Command {
     /// Add functions and source lines to a guest's report, read from standard input
     #[command(long_about = SYMBOLISE)]
     Symbolise(What),
+    /// Write the C header for VMBus drivers anew, from its declarations in Rust
+    Header,
     /// Measure what a boot costs
     Bench(bench::Options),
     /// Feed made-up bytes to everything that parses what a host or a guest wrote
@@ -204,6 +206,7 @@ fn carry_out(command: Command) -> Result<ExitCode> {
         Command::Build(what) => build(&what),
         Command::Image(options) => image::run(&options),
         Command::Symbolise(what) => symbolise(&what),
+        Command::Header => header::run(),
         Command::Bench(options) => bench::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Miri(options) => miri::run(&options),

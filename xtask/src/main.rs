@@ -11,6 +11,7 @@ mod console;
 mod floor;
 mod fuzz;
 mod guest;
+mod header;
 mod image;
 mod linux_boot;
 mod machine;

@@ -82,6 +82,11 @@ impl Content {
             .unwrap_or_default()
     }
 
+    fn data_mut(&mut self) -> &mut [u8] {
+        let data = self.data.clone();
+        self.buffer.payload_mut().get_mut(data).unwrap_or_default()
+    }
+
     fn context(&mut self) -> &mut [u8] {
         let bytes = self.context.as_mut_bytes();
         bytes.get_mut(..self.context_size).unwrap_or_default()
@@ -128,6 +133,14 @@ impl<'a> ReceivedPacket<'a> {
     /// The data, in private memory. Outside pipe mode it is padded to a multiple of 8 bytes.
     pub fn payload(&self) -> &[u8] {
         payload(&self.content)
+    }
+
+    /// The same, to be worked on in place.
+    pub fn payload_mut(&mut self) -> &mut [u8] {
+        self.content
+            .as_deref_mut()
+            .map(Content::data_mut)
+            .unwrap_or_default()
     }
 
     /// Whether the host asked for a completion. The packet must be completed in any case.

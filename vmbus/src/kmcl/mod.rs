@@ -4,6 +4,8 @@
 //! callbacks run: state changes at PASSIVE, packets at DISPATCH, in the very interrupt handler, or
 //! at PASSIVE when it asks for that (spec kmcl.md). This is all that a driver sees of VMBus.
 
+#[cfg(target_arch = "x86_64")]
+pub mod abi;
 mod blocking;
 mod builder;
 mod channel;

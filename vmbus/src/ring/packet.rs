@@ -407,6 +407,13 @@ impl PacketBuffer {
         self.bytes.get(self.data..self.length).unwrap_or_default()
     }
 
+    /// The same, to be worked on in place.
+    pub fn payload_mut(&mut self) -> &mut [u8] {
+        self.bytes
+            .get_mut(self.data..self.length)
+            .unwrap_or_default()
+    }
+
     /// The pieces of a transfer page set that the packet names, if it is of that kind.
     pub fn transfer_pages(&self) -> Option<TransferPages<'_>> {
         let (header, rest) = self.range_header(Kind::TRANSFER_PAGES)?;
