@@ -17,8 +17,10 @@ use vmbus::drivers::standing::Standing;
 use vmbus::drivers::time_sync::TimeSync;
 use vmbus::drivers::wall_clock::WallClock;
 use vmbus::ids::{ChannelId, VpIndex};
+use vmbus::kmcl::abi::NTSTATUS;
 use vmbus::kmcl::{ConfigError, Guid, State, interface};
 use vmbus::protocol::Version;
+use vmbus_c::Heartbeat;
 
 use crate::arch::cpu::InterruptsOff;
 use crate::arch::{apic, per_cpu};
@@ -84,6 +86,8 @@ pub(crate) enum Error {
     Connect(ConnectError),
     /// A driver is not made right.
     Driver(ConfigError),
+    /// The same of one in C.
+    DriverInC(NTSTATUS),
     /// The host does not offer a required device.
     NotOffered { device: Device, offers: usize },
     /// The device was offered, but its channel did not open.
@@ -104,6 +108,7 @@ impl fmt::Display for Error {
             ),
             Self::Connect(error) => error.fmt(f),
             Self::Driver(error) => error.fmt(f),
+            Self::DriverInC(status) => write!(f, "the heartbeat driver does not start: {status}"),
             Self::NotOffered { device, offers } => write!(
                 f,
                 "no {device} device: it is not among the {offers} channels that the host offers \
@@ -127,6 +132,8 @@ struct Bus {
     balloon: Balloon,
     shutdown: Shutdown,
     time_sync: TimeSync,
+    /// The one in C.
+    heartbeat: Heartbeat,
     work: WorkItem,
     /// A message for which the stack had no room: the next one waits in its slot.
     held: Lock<Option<Vec<u8>>>,
@@ -154,6 +161,7 @@ impl Bus {
                 offers.iter().any(|info| info.offer.interface == interface)
             });
         }
+        self.heartbeat.attend();
     }
 }
 
@@ -177,6 +185,7 @@ pub(crate) async fn start(requires: &'static [Device]) -> Result<Machine, Error>
     let shutdown = Shutdown::new(vmbus.client()).map_err(Error::Driver)?;
     let wall_clock = Arc::new(WallClock::new());
     let time_sync = TimeSync::new(vmbus.client(), wall_clock).map_err(Error::Driver)?;
+    let heartbeat = Heartbeat::start(vmbus.client()).map_err(Error::DriverInC)?;
     let work = work::register("vmbus", run_work);
     partition.work.call_once(|| work);
     let bus = BUS.call_once(|| Bus {
@@ -184,6 +193,7 @@ pub(crate) async fn start(requires: &'static [Device]) -> Result<Machine, Error>
         balloon,
         shutdown,
         time_sync,
+        heartbeat,
         work,
         held: Lock::new(None),
         is_held: AtomicBool::new(false),

@@ -8,6 +8,8 @@
 
 extern crate alloc;
 
+mod loopback;
+
 use core::future::{Future, poll_fn};
 use core::hint::black_box;
 use core::pin::pin;
@@ -40,6 +42,7 @@ async fn main(machine: Machine) {
             in_work(|| {}).await;
         }
         "timer" => timer().await,
+        "c-driver" => loopback::heartbeat().await,
         "block-on" => block_on(&machine).await,
         "poweroff" => {}
         "reboot" => machine.reboot().await,

@@ -83,6 +83,11 @@ pub const TESTS: &[Test] = &[
         needs: Needs::HyperV,
         run: |stand| passes(stand, "block-on"),
     },
+    Test {
+        name: "kmcl/driver-in-c",
+        needs: Needs::HyperV,
+        run: |stand| passes(stand, "c-driver"),
+    },
 ];
 
 fn panics(stand: &mut Stand, name: &str, message: &str) -> Result<String> {

@@ -50,11 +50,12 @@ pub struct Options {
 }
 
 /// Packages whose unit tests run on this computer.
-const UNIT_TESTED: [&str; 7] = [
+const UNIT_TESTED: [&str; 8] = [
     "boot",
     "handover",
     "vmbus",
     "vmbus-host",
+    "vmbus-c",
     "enlit",
     "agent",
     "xtask",
