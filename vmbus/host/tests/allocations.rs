@@ -10,7 +10,9 @@ use std::task::{Context, Poll, Waker};
 use vmbus::Vmbus;
 use vmbus::bus::Config;
 use vmbus::ids::ChannelId;
-use vmbus::kmcl::{ChannelBuilder, ExternalData, OutgoingPacket, PageNumber, SharedPages, Timeout};
+use vmbus::kmcl::{
+    ChannelBuilder, ExternalData, Level, OutgoingPacket, PageNumber, SharedPages, Timeout,
+};
 use vmbus::protocol::Guid;
 use vmbus::ring::{Outgoing, PacketBuffer};
 use vmbus_host::bus::{Device, Profile};
@@ -115,6 +117,84 @@ fn packets_both_ways_allocate_nothing_once_they_have_flowed() {
     assert!(counters.packets_received > 8000, "{counters:?}");
     assert!(counters.completions_received > 4000, "{counters:?}");
     assert!(counters.ring_full_waits > 500, "{counters:?}");
+    assert_eq!(info.count_total, 0, "{counters:?}");
+}
+
+#[test]
+fn contexts_deferral_and_packets_held_for_long_allocate_nothing_once_they_have_flowed() {
+    let machine = Machine::new(Profile::openvmm());
+    let vmbus = Vmbus::new(machine.clone(), Config::default());
+    machine.attach(Arc::new(GuestEnd(vmbus.clone())));
+    let id = machine
+        .add(Device::new(INTERFACE, INTERFACE), Manual)
+        .unwrap();
+    vmbus.connect();
+    machine.settle();
+
+    let shelf = Arc::new(Mutex::new(Vec::with_capacity(16)));
+    let held = shelf.clone();
+    let channel = ChannelBuilder::new(INTERFACE)
+        .client_context_size(100)
+        .transaction_quota(8)
+        .allowable_dpc_cpu_usage(50)
+        .process_packet_callbacks(
+            move |_, mut packet| {
+                let first = packet.payload().first() == Some(&1);
+                if first && packet.level() == Level::Dispatch {
+                    packet.client_context().fill(3);
+                    packet.defer_to_passive();
+                } else {
+                    assert_eq!(packet.client_context()[99] == 3, first);
+                    held.lock().unwrap().push(packet.hold());
+                }
+            },
+            |_, _| {},
+        )
+        .enable(vmbus.client())
+        .unwrap();
+    machine.settle();
+    let mut buffer = PacketBuffer::default();
+    let mut round = || {
+        machine
+            .channel(id, |host| {
+                for kind in [0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0] {
+                    let payload = [kind; 200];
+                    let packet = Outgoing::in_band([&payload, &[]]);
+                    host.push(&packet.with_completion(5)).unwrap();
+                }
+                host.publish().unwrap();
+            })
+            .unwrap();
+        vmbus.run_work();
+        for _ in 0..3 {
+            loop {
+                let packet = shelf.lock().unwrap().pop();
+                let Some(packet) = packet else {
+                    break;
+                };
+                packet.complete(&[1; 300]);
+            }
+            vmbus.run_work();
+            machine
+                .channel(id, |host| {
+                    while host.receive(&mut buffer).unwrap() {}
+                    host.release().unwrap();
+                })
+                .unwrap();
+        }
+    };
+    for _ in 0..10 {
+        round();
+    }
+    let info = allocation_counter::measure(|| {
+        for _ in 0..1000 {
+            round();
+        }
+    });
+    let counters = channel.channel().counters();
+    assert!(counters.packets_received >= 12_000, "{counters:?}");
+    assert!(counters.deferrals >= 1000, "{counters:?}");
+    assert!(counters.quota_stops >= 1000, "{counters:?}");
     assert_eq!(info.count_total, 0, "{counters:?}");
 }
 

@@ -146,15 +146,19 @@ pub fn a_packet_is_read_before_it_is_overwritten() {
     }
     let _ = writer.publish().unwrap();
     let producer = thread::spawn(move || {
-        let payload = 3u64.to_le_bytes();
-        let pushed = writer.push(&Outgoing::in_band([&payload, &[]])).is_ok();
-        if pushed {
-            let _ = writer.publish().unwrap();
+        // The fourth goes behind the others, the fifth to where the first one was.
+        for number in [3u64, 4] {
+            let payload = number.to_le_bytes();
+            if writer.push(&Outgoing::in_band([&payload, &[]])).is_err() {
+                break;
+            }
         }
+        let _ = writer.publish().unwrap();
     });
     assert_eq!(pop(&mut reader), Some(0));
-    let _ = reader.publish().unwrap();
     assert_eq!(pop(&mut reader), Some(1));
+    let _ = reader.publish().unwrap();
+    assert_eq!(pop(&mut reader), Some(2));
     producer.join().unwrap();
 }
 

@@ -607,6 +607,41 @@ fn a_data_packet_stays_in_the_ring_while_the_channel_is_suspending_and_so_does_w
     );
 }
 
+#[test]
+fn a_paused_channel_takes_completions_until_a_data_packet_stands_before_them() {
+    open!(vm, id, journal, channel);
+    let channel = channel.channel();
+    let ask = |payload: &[u8]| {
+        let mut packet = channel.allocate_packet().unwrap();
+        let note = journal.clone();
+        packet.set_completion_routine(Arc::new(move |_, answer| {
+            note.note(Seen::Packet(answer.unwrap().to_vec(), Level::Passive));
+        }));
+        packet.send_transaction(payload).unwrap();
+        vm.host(id, received)[0].0.unwrap()
+    };
+    let (first, second) = (ask(b"question"), ask(b"another!"));
+    let _paused = channel.pause().unwrap();
+    vm.machine.settle();
+    assert_eq!(channel.state(), State::Paused);
+    journal.take();
+    vm.host(id, |host| {
+        host.push(&Outgoing::completion(first, &1u64.to_le_bytes()))
+            .unwrap();
+        host.push(&Outgoing::in_band([&2u64.to_le_bytes(), &[]]))
+            .unwrap();
+        host.push(&Outgoing::completion(second, &3u64.to_le_bytes()))
+            .unwrap();
+        host.publish().unwrap();
+    });
+    vm.machine.settle();
+    assert_eq!(journal.take_numbers(), [1], "the data packet stays");
+    channel.start().unwrap();
+    vm.machine.settle();
+    assert_eq!(journal.take_numbers(), [2, 3], "in order, after the resume");
+    vm.assert_well_behaved();
+}
+
 /// Whose packets take a millisecond each.
 fn slow(
     percent: Option<u8>,
