@@ -251,14 +251,14 @@ unsafe fn copy_out(source: *mut u8, destination: &mut [u8]) {
     if source.addr().is_multiple_of(8) && tail.is_empty() {
         for (index, word) in words.iter_mut().enumerate() {
             // SAFETY: in bounds, by the caller's promise, and aligned.
-            let value = unsafe { AtomicU64::from_ptr(source.cast::<u64>().add(index)) };
+            let value = unsafe { AtomicU64::from_ptr(source.cast::<u64>().wrapping_add(index)) };
             *word = value.load(Ordering::Relaxed).to_ne_bytes();
         }
         return;
     }
     for (index, byte) in destination.iter_mut().enumerate() {
         // SAFETY: in bounds, by the caller's promise.
-        let value = unsafe { AtomicU8::from_ptr(source.add(index)) };
+        let value = unsafe { AtomicU8::from_ptr(source.wrapping_add(index)) };
         *byte = value.load(Ordering::Relaxed);
     }
 }
@@ -280,14 +280,15 @@ unsafe fn copy_in(source: &[u8], destination: *mut u8) {
     if destination.addr().is_multiple_of(8) && tail.is_empty() {
         for (index, word) in words.iter().enumerate() {
             // SAFETY: in bounds, by the caller's promise, and aligned.
-            let place = unsafe { AtomicU64::from_ptr(destination.cast::<u64>().add(index)) };
+            let place =
+                unsafe { AtomicU64::from_ptr(destination.cast::<u64>().wrapping_add(index)) };
             place.store(u64::from_ne_bytes(*word), Ordering::Relaxed);
         }
         return;
     }
     for (index, byte) in source.iter().enumerate() {
         // SAFETY: in bounds, by the caller's promise.
-        let place = unsafe { AtomicU8::from_ptr(destination.add(index)) };
+        let place = unsafe { AtomicU8::from_ptr(destination.wrapping_add(index)) };
         place.store(*byte, Ordering::Relaxed);
     }
 }

@@ -205,7 +205,10 @@ impl World {
 type Step = Box<dyn FnMut(&mut World, usize) -> Duration>;
 
 /// A row's name, and what it measures for packets of a size.
-const ROWS: [(&str, fn(usize) -> Step); 6] = [
+/// A row's name, and what makes its step for packets of a size.
+type Row = (&'static str, fn(usize) -> Step);
+
+const ROWS: [Row; 6] = [
     ("memcpy in", memcpy_in),
     ("send", send),
     ("memcpy out", memcpy_out),

@@ -60,7 +60,10 @@ fn table(stand: &mut Stand) -> Result<String> {
         }
         vm.expect(READY, PATIENCE)
     })?;
-    Ok("hypervisor, features, clock, timer, offer with driver, memory, milestones, counters".into())
+    Ok(
+        "hypervisor, features, clock, timer, offer with driver, memory, milestones, counters"
+            .into(),
+    )
 }
 
 fn memory(stand: &mut Stand, mib: u32, cpus: u32) -> Result<String> {

@@ -230,7 +230,7 @@ fn there_are_no_gpadls_before_opened_and_after_closed() {
         server.inject(Rule::once(
             MessageType::OPEN_CHANNEL_RESULT,
             Fault::Delay(SECOND),
-        ))
+        ));
     });
     let channel = vm.enable(&ChannelBuilder::new(INTERFACE));
     let create = || channel.channel().allocate_gpadl(1).err();
@@ -250,7 +250,7 @@ fn unloading_gives_all_memory_back_when_the_host_has_confirmed_it() {
         let page = gpadl.memory().unwrap().first_page();
         if !confirmed {
             vm.machine.server(|server| {
-                server.inject(Rule::always(MessageType::UNLOAD_COMPLETE, Fault::Drop))
+                server.inject(Rule::always(MessageType::UNLOAD_COMPLETE, Fault::Drop));
             });
         }
         vm.vmbus.begin_unload();
