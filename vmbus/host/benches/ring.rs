@@ -204,11 +204,10 @@ impl World {
 /// One thing that is measured: does a batch of packets, and tells how long it took.
 type Step = Box<dyn FnMut(&mut World, usize) -> Duration>;
 
-/// A row's name, and what it measures for packets of a size.
 /// A row's name, and what makes its step for packets of a size.
-type Row = (&'static str, fn(usize) -> Step);
+type Measurement = (&'static str, fn(usize) -> Step);
 
-const ROWS: [Row; 6] = [
+const ROWS: [Measurement; 6] = [
     ("memcpy in", memcpy_in),
     ("send", send),
     ("memcpy out", memcpy_out),
