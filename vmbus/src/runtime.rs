@@ -414,7 +414,10 @@ impl Vmbus {
             }
             Event::Offered(offer) => {
                 self.client.notify();
-                if let Some(channel) = self.find(|channel| channel.wants(&offer)) {
+                // One that has been taken back meanwhile, in a message that came with it, is not worth a try.
+                let stands = |known: &Offer| known.channel == offer.channel;
+                let stands = bus.lock().offers().any(stands);
+                if stands && let Some(channel) = self.find(|channel| channel.wants(&offer)) {
                     channel.bind(bus, &offer);
                 }
             }

@@ -19,7 +19,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use spin::{Mutex, Once};
 use vmbus::hypervisor::{Hypervisor, Level, OutOfMemory, PostError};
 use vmbus::ids::{ChannelId, ConnectionId, GpadlHandle, PageNumber, VpIndex};
-use vmbus::protocol::Status;
+use vmbus::protocol::{Guid, Status};
 use vmbus::ring::{Outgoing, PacketBuffer};
 use vmbus::shared::SharedPages;
 
@@ -128,6 +128,8 @@ pub struct Machine {
     /// A message that the guest had no room for.
     message_slot: Mutex<Option<Message>>,
     interleave: Once<Arc<dyn Interleave>>,
+    /// Devices with address space for their registers.
+    mmio: Mutex<BTreeMap<Guid, u64>>,
 }
 
 /// The host's half.
@@ -184,6 +186,7 @@ impl Machine {
             signals: AtomicU64::new(0),
             message_slot: Mutex::new(None),
             interleave: Once::new(),
+            mmio: Mutex::new(BTreeMap::new()),
         })
     }
 
@@ -791,6 +794,13 @@ impl Hypervisor for Machine {
     fn lower(&self, level: Level) {
         self.lower_to(level);
         self.called();
+    }
+
+    fn mmio_space(&self, instance: Guid, bytes: u64) -> Option<u64> {
+        let mut spaces = self.mmio.lock();
+        // Places of 4 GiB, from 1 TiB on.
+        let next = (256 + spaces.len() as u64) << 32;
+        (bytes <= 1 << 32).then(|| *spaces.entry(instance).or_insert(next))
     }
 
     fn wait_for_interrupt(&self, until: Option<u64>) {

@@ -403,8 +403,8 @@ impl Channel {
         self.0.lifecycle.lock().instance()
     }
 
-    /// Address space for the registers of the device, if its offer asks for some and the machine has it. Only while the
-    /// channel is open. At PASSIVE.
+    /// Address space for the registers of the device, if its offer asks for some and the machine has it. From the
+    /// opened callback until the channel is Disabled. At PASSIVE.
     pub fn mmio_space(&self) -> Option<MmioSpace> {
         let (instance, megabytes) = self.0.lifecycle.lock().mmio()?;
         if megabytes == 0 {

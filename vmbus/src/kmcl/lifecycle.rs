@@ -99,10 +99,11 @@ impl Lifecycle {
         self.bound.filter(|_| open).map(|bound| bound.channel)
     }
 
-    /// The device and the MiB of address space that its offer asks for, while the channel is open.
+    /// The device and the MiB of address space that its offer asks for, from the opened callback until all is over.
     pub(super) fn mmio(&self) -> Option<(Guid, u16)> {
-        self.open_channel()?;
+        let closing = self.announced && self.phase == Phase::TearingDown;
         self.bound
+            .filter(|_| closing || self.open_channel().is_some())
             .map(|bound| (bound.instance, bound.mmio_megabytes))
     }
 }
@@ -696,7 +697,8 @@ impl Channel {
         let mut channels = shared.client.channels.lock();
         channels.retain(|other| !other.is(self));
         drop(channels);
-        shared.pause_requested.store(false, Ordering::SeqCst);
+        let paused = shared.config.start_paused;
+        shared.pause_requested.store(paused, Ordering::SeqCst);
         shared.set_state(State::Disabled);
         if !reason.is_orderly() {
             if !announced {

@@ -122,7 +122,8 @@ struct Round {
 impl SendSide {
     pub(super) fn new(packets: usize, completions: usize) -> Self {
         Self {
-            gate: Gate::Queue,
+            // Until the channel is enabled.
+            gate: Gate::Shut,
             reason: ChannelError::Disabled,
             writer: None,
             incoming: None,

@@ -16,5 +16,7 @@ mod packets;
 mod raw;
 mod requests;
 mod sending;
+mod simulation;
+mod state_table;
 mod subchannels;
 mod support;
