@@ -4,7 +4,7 @@ use core::future::pending;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use alloc::sync::Arc;
-use embassy_time::{Duration, Timer};
+use embassy_time::{Duration, Instant, Timer};
 use vmbus::ConnectionState;
 use vmbus::drivers::shutdown::Shutdown;
 
@@ -14,9 +14,8 @@ use super::{Decision, Hook};
 use crate::sync::Lock;
 use crate::{drivers, partition, power};
 
-/// How long the host has to read the answer to its request. Nothing tells when it has, and a channel that closes takes unread
-/// messages with it.
-const READING_TIME: Duration = Duration::from_millis(100);
+/// How long the host has at most to read the answer to its request.
+const READING_TIME: Duration = Duration::from_secs(2);
 
 static HOOK: Lock<Option<Arc<Hook>>> = Lock::new(None);
 
@@ -52,13 +51,27 @@ pub(crate) async fn serve(driver: &'static Shutdown) {
             // Then it is not to be obeyed either.
             (Decision::Accept, Err(withdrawn)) => log::warn!("shutdown: {withdrawn}"),
             (Decision::Accept, Ok(())) => {
-                Timer::after(READING_TIME).await;
+                answer_read(driver).await;
                 match action {
                     Action::PowerOff => power_off().await,
                     Action::Restart => reboot().await,
                 }
             }
         }
+    }
+}
+
+/// Waits until the host has read the answer: a channel that closes takes unread messages with it.
+async fn answer_read(driver: &Shutdown) {
+    let end = Instant::now() + READING_TIME;
+    let channel = driver.channel().channel();
+    while !channel.is_drained() {
+        if Instant::now() > end {
+            log::warn!("shutdown: the host does not read the answer");
+            return;
+        }
+        // No event tells.
+        Timer::after(Duration::from_millis(1)).await;
     }
 }
 

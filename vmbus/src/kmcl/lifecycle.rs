@@ -310,7 +310,7 @@ impl Channel {
                     self.begin_draining(reason);
                     return true;
                 }
-                if !self.is_drained() || !self.sub_channels().all(|sub| sub.is_at_rest()) {
+                if !self.has_given_back_all() || !self.sub_channels().all(|sub| sub.is_at_rest()) {
                     return false;
                 }
                 self.set_phase(Phase::Paused);
@@ -330,7 +330,7 @@ impl Channel {
             }
             Phase::Draining => {
                 let over = |sub: Channel| sub.state() == State::Disabled;
-                if !self.is_drained() || !self.sub_channels().all(over) {
+                if !self.has_given_back_all() || !self.sub_channels().all(over) {
                     return false;
                 }
                 self.close(Some(bus));
@@ -355,7 +355,7 @@ impl Channel {
     }
 
     /// Whether the driver holds no packet any more.
-    fn is_drained(&self) -> bool {
+    fn has_given_back_all(&self) -> bool {
         self.shared().quota.held() == 0
     }
 

@@ -384,6 +384,20 @@ impl Channel {
     }
 }
 
+impl Channel {
+    /// Whether the host has read all that has been sent: nothing waits for room, and the outgoing ring is empty. True
+    /// of a channel that is not open. A channel that closes takes unread packets with it; no event tells
+    /// when they have been read.
+    pub fn is_drained(&self) -> bool {
+        let shared = self.shared();
+        let side = shared.send.lock(&*shared.client.hypervisor);
+        match &side.writer {
+            Some(writer) => side.queue.is_empty() && writer.is_drained().unwrap_or(true),
+            None => true,
+        }
+    }
+}
+
 impl Shared {
     /// Writes a packet to the ring or lines it up.
     pub(super) fn send(

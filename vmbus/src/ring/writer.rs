@@ -191,6 +191,11 @@ impl Writer {
         Ok(())
     }
 
+    /// Whether the consumer has read everything that it can see.
+    pub fn is_drained(&self) -> Result<bool, RingError> {
+        Ok(self.ring.control().consumer()? == self.published)
+    }
+
     /// Whether `need` bytes are free; reads the consumer's offset only when the last one that was
     /// read does not suffice.
     fn has_room(&mut self, need: u32) -> Result<bool, RingError> {

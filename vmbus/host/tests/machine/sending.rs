@@ -784,3 +784,16 @@ fn outgoing_transactions_survive_a_pause() {
     assert!(answer.is_ok());
     assert_eq!(open.numbers(), [2]);
 }
+
+#[test]
+fn a_channel_is_drained_when_the_host_has_read_all() {
+    let (vm, id) = Vm::with_device();
+    let channel = vm.enable(&ChannelBuilder::new(INTERFACE));
+    let channel = channel.channel();
+    assert!(channel.is_drained());
+    channel.send_message(&[1; 8]).unwrap();
+    channel.send_message(&[2; 8]).unwrap();
+    assert!(!channel.is_drained());
+    assert_eq!(vm.host(id, received).len(), 2);
+    assert!(channel.is_drained());
+}
