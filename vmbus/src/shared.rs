@@ -228,10 +228,10 @@ fn heap_layout(count: usize) -> Option<core::alloc::Layout> {
     core::alloc::Layout::from_size_align(size, PAGE_SIZE).ok()
 }
 
-/// From how many bytes on a string instruction copies faster than a loop over words. The start of one
+/// From how many bytes on a string instruction copies faster than a loop over words, as measured. The start of one
 /// costs some tens of cycles; `cargo xtask bench ring` shows whether the choice is right.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
-const STRING_COPY: usize = 256;
+const STRING_COPY: usize = 512;
 
 /// Copies shared bytes into private memory. What the host changes meanwhile makes the copy a mixture, never more.
 ///
