@@ -788,7 +788,7 @@ fn outgoing_transactions_survive_a_pause() {
 #[test]
 fn a_channel_is_drained_when_the_host_has_read_all() {
     let (vm, id) = Vm::with_device();
-    let channel = vm.enable(&ChannelBuilder::new(INTERFACE));
+    let channel = vm.enable(&Journal::default().builder(|_, packet| packet.complete(&[])));
     let channel = channel.channel();
     assert!(channel.is_drained());
     channel.send_message(&[1; 8]).unwrap();
