@@ -310,3 +310,47 @@ fn settings_of_any_state_are_taken_in_any_state_and_nonsense_changes_nothing() {
     caller.disable();
     set(caller.channel);
 }
+
+#[test]
+fn what_is_for_passive_is_refused_at_dispatch_and_never_waits() {
+    let (caller, id) = Caller::active();
+    let (table, channel) = (&caller.table, caller.channel);
+    let mut latency = 0;
+    caller.vm.machine.at_dispatch(|| unsafe {
+        assert_eq!(
+            (table.VmbChannelEnable)(channel),
+            STATUS_INVALID_DEVICE_STATE
+        );
+        assert_eq!(
+            (table.VmbChannelInitSetFlags)(channel, 0),
+            STATUS_INVALID_DEVICE_STATE
+        );
+        let mut handle = 0;
+        assert_eq!(
+            VmbChannelCreateGpadl(channel, 0, 1, &mut handle),
+            STATUS_INVALID_DEVICE_STATE
+        );
+        let mut address = ptr::null_mut();
+        assert_eq!(
+            VmbChannelGetSystemAddressForGpadl(channel, 0, 1, &mut address),
+            STATUS_INVALID_DEVICE_STATE
+        );
+        assert!(VmbAllocateSharedPages(caller.device.handle(), 1).is_null());
+        (table.VmbChannelDisable)(channel);
+        (table.VmbChannelPause)(channel);
+        (table.VmbChannelStart)(channel);
+        (table.VmbChannelCleanup)(channel);
+        (table.VmbChannelDeleteGpadl)(channel, 1);
+        let mut guid = GUID::new(INSTANCE);
+        (table.VmbChannelGetInterfaceInstance)(channel, &mut guid);
+        assert_eq!(guid, GUID::new(vmbus::protocol::Guid::ZERO));
+        // And what is not: a driver's interrupt needs packets.
+        let packet = (table.VmbPacketAllocate)(channel);
+        assert!(!packet.is_null());
+        (table.VmbPacketFree)(packet);
+        (table.VmbChannelSetInterruptLatency)(channel, 1, &mut latency);
+    });
+    caller.vm.machine.settle();
+    assert!(caller.vm.machine.is_open(id));
+    assert_eq!(caller.book.take(), []);
+}

@@ -618,3 +618,32 @@ fn a_synchronous_request_says_what_is_wrong() {
         STATUS_INVALID_DEVICE_STATE
     );
 }
+
+/// Several threads complete the same packets; each packet goes to one of them.
+#[test]
+fn a_packet_that_several_complete_is_completed_once() {
+    let (caller, id) = Caller::active();
+    *caller.book.then.lock().unwrap() = Then::Keep;
+    let mut answers = 0;
+    for round in 0..200u64 {
+        caller.vm.host(id, |host| {
+            let data = round.to_le_bytes();
+            host.send(&Outgoing::in_band([&data, &[]]).with_completion(round + 1))
+                .unwrap();
+        });
+        let kept = caller.book.kept().remove(0);
+        let complete = caller.table.VmbChannelPacketComplete;
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| unsafe { complete(kept, ptr::null_mut(), 0) });
+            }
+        });
+        caller.vm.machine.settle();
+        let completions = caller.vm.host(id, received);
+        assert_eq!(completions.len(), 1, "round {round}");
+        answers += completions.len();
+    }
+    assert_eq!(answers, 200);
+    caller.disable();
+    caller.vm.assert_well_behaved();
+}

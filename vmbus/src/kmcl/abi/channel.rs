@@ -1,5 +1,6 @@
 //! Channels as C has them: made and ended, enabled and disabled, and what can be asked of them (spec kmcl.md 1.7 and 2).
 
+use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
 use super::arguments::{Memory, Out};
@@ -21,6 +22,20 @@ const CHANNEL_MEMORY: ULONG = 64;
 /// Reports a call on something that is no channel, for functions that have no result.
 fn no_channel(what: &str, channel: VMBCHANNEL) {
     log::error!("driver bug: {what} of {channel:?}, which is no channel that can be");
+}
+
+/// The object, for functions without a result that are for PASSIVE; else reports the bug.
+fn passive(what: &str, channel: VMBCHANNEL) -> Option<Arc<ChannelObject>> {
+    let object = ChannelObject::find(channel);
+    match &object {
+        None => no_channel(what, channel),
+        Some(object) if !object.is_passive() => {
+            log::error!("driver bug: {what} of {channel:?} at DISPATCH");
+            return None;
+        }
+        Some(_) => {}
+    }
+    object
 }
 
 pub(super) fn allocate(
@@ -108,7 +123,11 @@ pub(super) fn enable(channel: VMBCHANNEL) -> NTSTATUS {
     let Some(object) = ChannelObject::find(channel) else {
         return STATUS_INVALID_PARAMETER_1;
     };
-    let enabled = object.stage().enable(&object);
+    let Some(mut stage) = object.stage() else {
+        return STATUS_INVALID_DEVICE_STATE;
+    };
+    let enabled = stage.enable(&object);
+    drop(stage);
     match enabled {
         None => STATUS_INVALID_PARAMETER_1,
         Some(Ok(())) => STATUS_SUCCESS,
@@ -123,11 +142,11 @@ pub(super) fn enable(channel: VMBCHANNEL) -> NTSTATUS {
 }
 
 pub(super) fn disable(channel: VMBCHANNEL) {
-    let Some(object) = ChannelObject::find(channel) else {
-        return no_channel("disabling", channel);
+    let Some(object) = passive("disabling", channel) else {
+        return;
     };
     // A Disabled channel is what was wanted.
-    let Some(enabled) = object.stage().enabled() else {
+    let Some(enabled) = object.stage().and_then(|stage| stage.enabled()) else {
         return;
     };
     enabled.disable();
@@ -141,15 +160,22 @@ pub(super) fn disable(channel: VMBCHANNEL) {
     drop(object.stage());
 }
 
-pub(super) fn pause(channel: VMBCHANNEL) {
-    let Some(object) = ChannelObject::find(channel) else {
-        return no_channel("pausing", channel);
-    };
-    let latched = object.stage().configure::<()>(|config| {
-        config.start_paused = true;
-        Ok(())
+/// Has a Disabled channel begin paused, or not, when it is enabled. `false`: it is not Disabled.
+fn latch(object: &ChannelObject, paused: bool) -> bool {
+    let latched = object.stage().and_then(|mut stage| {
+        stage.configure::<()>(|config| {
+            config.start_paused = paused;
+            Ok(())
+        })
     });
-    if latched.is_some() {
+    latched.is_some()
+}
+
+pub(super) fn pause(channel: VMBCHANNEL) {
+    let Some(object) = passive("pausing", channel) else {
+        return;
+    };
+    if latch(&object, true) {
         return;
     }
     let Some(open) = object.channel.get() else {
@@ -166,14 +192,10 @@ pub(super) fn pause(channel: VMBCHANNEL) {
 }
 
 pub(super) fn start(channel: VMBCHANNEL) {
-    let Some(object) = ChannelObject::find(channel) else {
-        return no_channel("starting", channel);
+    let Some(object) = passive("starting", channel) else {
+        return;
     };
-    let latched = object.stage().configure::<()>(|config| {
-        config.start_paused = false;
-        Ok(())
-    });
-    if latched.is_some() {
+    if latch(&object, false) {
         return;
     }
     if let Some(open) = object.channel.get()
@@ -249,14 +271,14 @@ pub(super) fn set_interrupt_latency(
 }
 
 pub(super) fn get_interface_instance(channel: VMBCHANNEL, instance: Out<GUID>) {
-    let found = ChannelObject::find(channel)
+    let found = passive("asking for the instance", channel)
         .and_then(|object| object.channel.get())
         .and_then(|channel| channel.interface_instance());
     instance.write(GUID::new(found.unwrap_or(Guid::ZERO)));
 }
 
 pub(super) fn get_mmio_space(channel: VMBCHANNEL, address: Out<u64>, size: Out<u64>) {
-    let (start, bytes) = ChannelObject::find(channel)
+    let (start, bytes) = passive("asking for the registers", channel)
         .and_then(|object| object.channel.get())
         .and_then(|channel| channel.mmio_space())
         .map_or((0, 0), |space| (space.address, space.length));

@@ -12,9 +12,9 @@ use super::callbacks::{
 use super::events::{Context, Process, StateChange};
 use super::object::{ChannelObject, Config};
 use super::types::{
-    GUID, NTSTATUS, STATUS_INVALID_PARAMETER, STATUS_INVALID_PARAMETER_1,
-    STATUS_INVALID_PARAMETER_2, STATUS_INVALID_PARAMETER_3, STATUS_INVALID_PARAMETER_4,
-    STATUS_NOT_SUPPORTED, STATUS_SUCCESS, ULONG, UNICODE_STRING,
+    GUID, NTSTATUS, STATUS_INVALID_DEVICE_STATE, STATUS_INVALID_PARAMETER,
+    STATUS_INVALID_PARAMETER_1, STATUS_INVALID_PARAMETER_2, STATUS_INVALID_PARAMETER_3,
+    STATUS_INVALID_PARAMETER_4, STATUS_NOT_SUPPORTED, STATUS_SUCCESS, ULONG, UNICODE_STRING,
     VMB_CHANNEL_STATE_CHANGE_CALLBACKS, VMB_CHANNEL_STATE_CHANGE_CALLBACKS_V5,
     VMB_CHANNEL_STATE_CHANGE_CALLBACKS_VERSION, VMB_CHANNEL_STATE_CHANGE_CALLBACKS_VERSION_V5,
     VMBCHANNEL, VMBUS_CHANNEL_INIT_FLAG_IS_PIPE, VMBUS_CHANNEL_INIT_FLAGS, WCHAR,
@@ -26,7 +26,10 @@ fn set(channel: VMBCHANNEL, change: impl FnOnce(&mut Config) -> Result<(), NTSTA
     let Some(object) = ChannelObject::find(channel) else {
         return STATUS_INVALID_PARAMETER_1;
     };
-    match object.stage().configure(change) {
+    let Some(mut stage) = object.stage() else {
+        return STATUS_INVALID_DEVICE_STATE;
+    };
+    match stage.configure(change) {
         None => STATUS_INVALID_PARAMETER_1,
         Some(Err(status)) => status,
         Some(Ok(())) => STATUS_SUCCESS,

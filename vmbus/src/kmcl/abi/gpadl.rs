@@ -13,7 +13,7 @@ use super::types::{
     STATUS_INVALID_PARAMETER_6, STATUS_SUCCESS, STATUS_UNSUCCESSFUL, VMBCHANNEL,
     VMBUS_CHANNEL_GPADL_FLAG_READ_ONLY, VMBUS_CHANNEL_GPADL_FLAGS,
 };
-use crate::kmcl::{Gpadl, GpadlAccess, GpadlError, GpadlSource, Level};
+use crate::kmcl::{Gpadl, GpadlAccess, GpadlError, GpadlSource};
 
 /// The GPADLs of a channel.
 #[derive(Default)]
@@ -68,7 +68,7 @@ impl Request {
             if handle.is_null() {
                 return Err(handle_is_bad);
             }
-            if object.client.current_level() == Level::Dispatch {
+            if !object.is_passive() {
                 return Err(STATUS_INVALID_DEVICE_STATE);
             }
             let access = match self.flags & VMBUS_CHANNEL_GPADL_FLAG_READ_ONLY {
@@ -202,6 +202,9 @@ pub(super) fn get_system_address(
     let Some(object) = ChannelObject::find(channel) else {
         return STATUS_INVALID_PARAMETER_1;
     };
+    if !object.is_passive() {
+        return STATUS_INVALID_DEVICE_STATE;
+    }
     let lent = object.lent.lock();
     let start = lent
         .find(handle)
@@ -219,12 +222,12 @@ pub(super) fn get_system_address(
 }
 
 pub(super) fn delete(channel: VMBCHANNEL, handle: u32) {
-    let found = ChannelObject::find(channel);
+    let found = ChannelObject::find(channel).filter(|object| object.is_passive());
     let owned = found
         .as_ref()
         .and_then(|object| object.lent.lock().take(handle));
     let (Some(object), Some(owned)) = (found, owned) else {
-        log::error!("driver bug: GPADL {handle:#x} of {channel:?} is deleted, which is none");
+        log::error!("driver bug: GPADL {handle:#x} of {channel:?} is deleted, which cannot be");
         return;
     };
     if let Err(error) = object.client.block_on(owned.gpadl.delete()) {

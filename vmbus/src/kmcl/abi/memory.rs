@@ -17,7 +17,7 @@ use super::types::{
     STATUS_INVALID_PARAMETER_3, STATUS_INVALID_PARAMETER_4, STATUS_INVALID_PARAMETER_5,
     STATUS_SUCCESS,
 };
-use crate::kmcl::{ExternalData, GpadlSource, PAGE_SIZE, PageNumber, SharedPages};
+use crate::kmcl::{ExternalData, GpadlSource, Level, PAGE_SIZE, PageNumber, SharedPages};
 
 /// The place has pages.
 const LIVE: u8 = 2;
@@ -41,7 +41,7 @@ pub(super) fn start_of(pages: &SharedPages) -> *mut c_void {
 pub(super) fn allocate_shared_pages(device: PDEVICE_OBJECT, count: u32) -> PVOID {
     let allocate = || {
         let client = device::find(device)?;
-        if count == 0 {
+        if count == 0 || client.current_level() == Level::Dispatch {
             return None;
         }
         let pages = client.inner().hypervisor.share_pages(count as usize).ok()?;

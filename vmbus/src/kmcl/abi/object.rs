@@ -21,7 +21,7 @@ use super::types::{PDEVICE_OBJECT, VMBCHANNEL};
 use super::{events, incoming, outgoing};
 use crate::kmcl::{
     Channel, ChannelBuilder, Client, ConfigError, DisabledChannel, EnableError, EnabledChannel,
-    Guid, State, VpIndex,
+    Guid, Level, State, VpIndex,
 };
 
 /// The slot has a channel object.
@@ -203,10 +203,9 @@ impl ChannelObject {
 
     /// Ends the object, which is Disabled. `false`: it is not, or somebody else ends it.
     pub(super) fn end(&self) -> bool {
-        let mut stage = self.stage();
-        if !stage.is_disabled() {
+        let Some(mut stage) = self.stage().filter(|stage| stage.is_disabled()) else {
             return false;
-        }
+        };
         let Some(slot) = CHANNELS.get(self.owner) else {
             return false;
         };
@@ -226,27 +225,28 @@ impl ChannelObject {
         true
     }
 
-    /// Configuration and state, as they are now. At PASSIVE.
-    pub(super) fn stage(&self) -> MutexGuard<'_, Stage> {
-        let mut stage = self.stage.lock();
-        stage.settle();
-        stage
+    /// Configuration and state, as they are now. `None` at DISPATCH, where nobody may wait for them.
+    pub(super) fn stage(&self) -> Option<MutexGuard<'_, Stage>> {
+        self.is_passive().then(|| {
+            let mut stage = self.stage.lock();
+            stage.settle();
+            stage
+        })
     }
 
-    /// The channel of the Rust API, made of the configuration if that is possible now.
+    /// Whether the caller is at PASSIVE.
+    pub(super) fn is_passive(&self) -> bool {
+        self.client.current_level() == Level::Passive
+    }
+
+    /// The channel of the Rust API. One that is Disabled is made of the configuration as it is now; at DISPATCH there is only
+    /// what was made before.
     pub(super) fn channel(self: &Arc<Self>) -> Option<Channel> {
-        // In the states where the configuration cannot be changed, there is one. Else, make it: unless this is an
-        // interrupt in the middle of somebody who has the lock.
-        if let Some(channel) = self.channel.get()
-            && channel.state() != State::Disabled
-        {
+        if let Some(channel) = self.open_channel() {
             return Some(channel);
         }
-        match self.stage.try_lock() {
-            Some(mut stage) => {
-                stage.settle();
-                stage.make(self).ok()
-            }
+        match self.stage() {
+            Some(mut stage) => stage.make(self).ok(),
             None => self.channel.get(),
         }
     }
