@@ -13,7 +13,7 @@ use super::callbacks::{
 use super::types::{GUID, PDEVICE_OBJECT, PVOID, VMBCHANNEL, VMBPACKET, VMBPACKETCOMPLETION};
 
 /// What an argument of C becomes.
-pub(super) trait FromC {
+pub(super) trait Argument {
     /// Its safe form.
     type Safe;
 
@@ -22,16 +22,16 @@ pub(super) trait FromC {
     /// # Safety
     ///
     /// A pointer is null or valid for what its parameter is for, as long as the safe form is used.
-    unsafe fn from_c(self) -> Self::Safe;
+    unsafe fn into_safe(self) -> Self::Safe;
 }
 
 /// Arguments that are what they are.
 macro_rules! plain {
     ($($ty:ty),+ $(,)?) => {$(
-        impl FromC for $ty {
+        impl Argument for $ty {
             type Safe = Self;
 
-            unsafe fn from_c(self) -> Self {
+            unsafe fn into_safe(self) -> Self {
                 self
             }
         }
@@ -72,18 +72,18 @@ pub(super) struct In<T>(*const T);
 /// Untyped memory of the caller.
 pub(super) type Memory = Out<c_void>;
 
-impl<T> FromC for *mut T {
+impl<T> Argument for *mut T {
     type Safe = Out<T>;
 
-    unsafe fn from_c(self) -> Out<T> {
+    unsafe fn into_safe(self) -> Out<T> {
         Out(self)
     }
 }
 
-impl<T> FromC for *const T {
+impl<T> Argument for *const T {
     type Safe = In<T>;
 
-    unsafe fn from_c(self) -> In<T> {
+    unsafe fn into_safe(self) -> In<T> {
         In(self)
     }
 }

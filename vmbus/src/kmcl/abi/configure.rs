@@ -86,9 +86,9 @@ pub(super) fn friendly_name(channel: VMBCHANNEL, name: In<UNICODE_STRING>) -> NT
 
 /// The text of a counted string.
 fn text_of(name: UNICODE_STRING) -> In<WCHAR> {
-    use super::arguments::FromC;
+    use super::arguments::Argument;
     // SAFETY: the caller promised a text of this length.
-    unsafe { name.Buffer.cast_const().from_c() }
+    unsafe { name.Buffer.cast_const().into_safe() }
 }
 
 pub(super) fn maximum_external_data(channel: VMBCHANNEL, bytes: u32, chain: u32) -> NTSTATUS {

@@ -93,8 +93,8 @@ impl Process {
                 unsafe {
                     callback(
                         channel, context.0, it.handle, it.buffer, it.length, it.flags,
-                    )
-                };
+                    );
+                }
             }
             _ => {}
         }

@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 use core::ffi::c_void;
 use core::ops::Range;
 
-use super::arguments::{FromC, Memory, Out};
+use super::arguments::{Argument, Memory, Out};
 use super::device;
 use super::handles::{BUSY, Published, Slots};
 use super::types::{
@@ -132,13 +132,13 @@ pub(super) fn initialize_mdl(
 fn numbers_of(mdl: &Out<MDL>) -> Out<PFN_NUMBER> {
     let behind = mdl.raw().wrapping_add(1).cast::<PFN_NUMBER>();
     // SAFETY: whoever promises an MDL promises its page numbers, which stand right behind it.
-    unsafe { behind.from_c() }
+    unsafe { behind.into_safe() }
 }
 
 /// The next element of a chain.
 fn next_of(mdl: MDL) -> Out<MDL> {
     // SAFETY: whoever promises a chain promises all of its elements.
-    unsafe { mdl.Next.from_c() }
+    unsafe { mdl.Next.into_safe() }
 }
 
 /// Which part of a chain of MDLs.

@@ -3,7 +3,7 @@
 use core::ffi::c_void;
 use core::mem::{offset_of, size_of};
 
-use super::arguments::FromC;
+use super::arguments::Argument;
 use super::callbacks::{
     PFN_VMB_CHANNEL_PNP_FAILURE, PFN_VMB_CHANNEL_PROCESS_PACKET, PFN_VMB_CHANNEL_PROCESS_PACKET_EX,
     PFN_VMB_CHANNEL_PROCESSING_COMPLETE, PFN_VMB_CHANNEL_PROCESSING_COMPLETE_EX,
@@ -101,7 +101,7 @@ macro_rules! functions {
         #[cfg_attr(not(test), unsafe(no_mangle))]
         pub unsafe extern "win64" fn $name($($parameter: $ty),*) $(-> $result)? {
             // SAFETY: the caller's promise is what the conversions ask for.
-            $(let $parameter = unsafe { FromC::from_c($parameter) };)*
+            $(let $parameter = unsafe { Argument::into_safe($parameter) };)*
             $does($($parameter),*)
         }
     )+};
