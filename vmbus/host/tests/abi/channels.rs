@@ -2,11 +2,15 @@
 
 use std::ptr;
 
+use vmbus::bus::Config;
 use vmbus::kmcl::abi::*;
 use vmbus::protocol::Status;
+use vmbus::protocol::monitor::MonitorId;
+use vmbus_host::bus::{Device as Offer, Profile};
+use vmbus_host::machine::Manual;
 
 use crate::caller::{Call, Caller, Then};
-use crate::support::{INSTANCE, INTERFACE};
+use crate::support::{INSTANCE, INTERFACE, Vm};
 
 #[test]
 fn allocate_says_which_argument_is_wrong() {
@@ -260,6 +264,34 @@ fn interrupt_latency_is_for_open_channels_with_monitored_notification() {
     // The test's device has none.
     assert_eq!(set(caller.channel, &mut old), STATUS_NOT_SUPPORTED);
     assert_eq!(old, 7);
+}
+
+#[test]
+fn with_monitored_notification_the_latency_of_before_is_told() {
+    let profile = Profile::hyper_v();
+    let before = profile.monitor_latency;
+    let config = Config {
+        monitor_pages: true,
+        ..Config::default()
+    };
+    let vm = Vm::with_config(profile, config);
+    let offer = Offer {
+        monitor_id: MonitorId::new(5),
+        ..Offer::new(INTERFACE, INSTANCE)
+    };
+    vm.machine.add(offer, Manual).unwrap();
+    vm.connect();
+    let caller = Caller::on(vm);
+    caller.target(INTERFACE);
+    caller.enable();
+    let mut old = 0;
+    let mut set = |latency| unsafe {
+        let status =
+            (caller.table.VmbChannelSetInterruptLatency)(caller.channel, latency, &mut old);
+        (status, old)
+    };
+    assert_eq!(set(1234), (STATUS_SUCCESS, before));
+    assert_eq!(set(1), (STATUS_SUCCESS, 1234));
 }
 
 #[test]

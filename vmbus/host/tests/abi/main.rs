@@ -19,4 +19,5 @@ mod header;
 mod memory;
 mod packets;
 mod query;
+mod requests;
 mod seed;
