@@ -10,8 +10,9 @@ use std::task::{Context, Poll, Wake, Waker};
 use vmbus::hypervisor::{Hypervisor, Level};
 use vmbus::ids::{PAGE_SIZE, PageNumber};
 use vmbus::kmcl::{
-    Channel, ChannelBuilder, ChannelError, EnabledChannel, ExternalData, IncomingPacket,
-    OutgoingPacket, PacketError, ReceivedPacket, Refused, SendFailure, SendFlags, State,
+    Answer, Channel, ChannelBuilder, ChannelError, DisabledChannel, EnabledChannel, ExternalData,
+    Gpadl, GpadlError, IncomingPacket, OutgoingPacket, PacketError, ReceivedPacket, Refused,
+    RequestError, SendFailure, SendFlags, State, StateError, Timeout,
 };
 
 use crate::decisions::Dice;
@@ -26,6 +27,8 @@ struct Config {
     budget: u32,
     packets: usize,
     passive: bool,
+    /// It opens paused.
+    paused: bool,
 }
 
 /// How far the state-change callbacks have come.
@@ -59,6 +62,17 @@ pub struct Excuses {
     refused: bool,
 }
 
+impl Excuses {
+    fn or(self, other: Self) -> Self {
+        Self {
+            rescinded: self.rescinded || other.rescinded,
+            disabled: self.disabled || other.disabled,
+            failed: self.failed || other.failed,
+            refused: self.refused || other.refused,
+        }
+    }
+}
+
 /// A packet that was accepted for sending and has not ended.
 struct Live {
     kind: Kind,
@@ -72,6 +86,12 @@ enum Kind {
     External,
     /// A message in a packet without a completion routine.
     Anonymous,
+    /// A request, with a future that waits for its answer.
+    Request,
+    /// A message, with a future that waits until it is in the ring.
+    Delivery,
+    /// A message that went into the ring at once.
+    Try,
 }
 
 /// A packet that the host has yet to read. Two sends of which one interrupts the other may end up in either order.
@@ -81,9 +101,16 @@ struct Order {
     kind: Kind,
     begun: u64,
     ended: u64,
+    /// Given up by its sender: the host may get it or not.
+    given_up: bool,
+    /// When its sender gives it up, if it is not sent before.
+    until: u64,
+    /// It was accepted for certain. A request tells only when it is polled.
+    sure: bool,
 }
 
 struct Held {
+    life: u64,
     epoch: u64,
     number: u64,
     packet: IncomingPacket,
@@ -98,16 +125,77 @@ impl Wake for Flag {
     }
 }
 
-type Waiting = (Pin<Box<dyn Future<Output = ()> + Send>>, Arc<Flag>);
+/// A future, and whether it was woken.
+struct Wait<T> {
+    future: Pin<Box<dyn Future<Output = T> + Send>>,
+    woken: Arc<Flag>,
+}
+
+impl<T> Wait<T> {
+    fn new(future: impl Future<Output = T> + Send + 'static) -> Self {
+        Self {
+            future: Box::pin(future),
+            woken: Arc::new(Flag(AtomicBool::new(true))),
+        }
+    }
+
+    /// Whether it may be polled now; forgets that it was woken.
+    fn is_due(&mut self, odd: bool) -> bool {
+        self.woken.0.swap(false, Ordering::SeqCst) || odd
+    }
+
+    fn poll(&mut self) -> Poll<T> {
+        let waker = Waker::from(self.woken.clone());
+        self.future.as_mut().poll(&mut Context::from_waker(&waker))
+    }
+}
+
+/// What a driver waits for.
+enum Waiting {
+    /// The channel's end; then it can be enabled again.
+    Disabled(Wait<Result<DisabledChannel, StateError>>),
+    Paused(Wait<()>),
+    Request {
+        number: u64,
+        kind: Kind,
+        until: u64,
+        page: Option<PageNumber>,
+        wait: Wait<Result<Answer, RequestError>>,
+    },
+    Created(Wait<Result<Gpadl, GpadlError>>),
+    Deleted(Wait<()>),
+}
+
+impl Waiting {
+    fn is_due(&mut self, odd: bool) -> bool {
+        match self {
+            Self::Disabled(wait) => wait.is_due(odd),
+            Self::Paused(wait) | Self::Deleted(wait) => wait.is_due(odd),
+            Self::Request { wait, .. } => wait.is_due(odd),
+            Self::Created(wait) => wait.is_due(odd),
+        }
+    }
+}
 
 /// The driver of one channel.
 pub struct Driver {
     config: Config,
-    enabled: Option<Arc<EnabledChannel>>,
-    /// Waits for the channel's end.
-    waiting: Option<Waiting>,
+    /// The channel, whoever owns it.
+    channel: Option<Channel>,
+    enabled: Option<EnabledChannel>,
+    disabled: Option<DisabledChannel>,
+    waiting: Vec<Waiting>,
+    gpadls: Vec<Gpadl>,
+    /// The driver wants nothing to flow.
+    paused: bool,
+    /// It wanted that when the channel was about to end: that may be forgotten with the channel, or not.
+    unsure: bool,
+    /// Channels built so far.
+    life: u64,
     phase: Phase,
     pub excuses: Excuses,
+    /// Those of the times before it was enabled last: a request may be looked at late.
+    past: Excuses,
     held: Vec<Held>,
     spare: Vec<OutgoingPacket>,
     live: BTreeMap<u64, Live>,
@@ -134,11 +222,19 @@ impl Driver {
                 budget: dice.between(1, 8) as u32,
                 packets: dice.between(2, 16) as usize,
                 passive: dice.one_in(4),
+                paused: dice.one_in(6),
             },
+            channel: None,
             enabled: None,
-            waiting: None,
+            disabled: None,
+            waiting: Vec::new(),
+            gpadls: Vec::new(),
+            paused: false,
+            unsure: false,
+            life: 0,
             phase: Phase::Disabled,
             excuses: Excuses::default(),
+            past: Excuses::default(),
             held: Vec::new(),
             spare: Vec::new(),
             live: BTreeMap::new(),
@@ -154,11 +250,23 @@ impl Driver {
     /// A new opening begins: what was in the old rings is lost.
     pub fn host_opened(&mut self) {
         let live = &self.live;
-        self.order
-            .retain(|entry| entry.kind == Kind::Anonymous || live.contains_key(&entry.number));
+        self.order.retain(|entry| {
+            let lined_up = match entry.kind {
+                Kind::Anonymous | Kind::Request | Kind::Delivery => true,
+                Kind::Try => false,
+                Kind::Message | Kind::Transaction | Kind::External => {
+                    live.contains_key(&entry.number)
+                }
+            };
+            lined_up && !entry.given_up
+        });
         self.received = 0;
         self.deferred = None;
         self.completions.clear();
+    }
+
+    fn entry(&mut self, number: u64) -> Option<&mut Order> {
+        self.order.iter_mut().find(|entry| entry.number == number)
     }
 
     /// With what packet `number` was completed, if it was.
@@ -184,7 +292,13 @@ enum Act {
     Passive,
     Disable,
     Enable,
-    DropChannel,
+    Request,
+    Try,
+    GiveUp,
+    Pause,
+    Start,
+    CreateGpadl,
+    DeleteGpadl,
 }
 
 /// What becomes of a delivered packet.
@@ -199,13 +313,7 @@ enum Fate {
 
 impl World {
     fn channel(&self, device: usize) -> Option<Channel> {
-        self.device(device, |device| {
-            device
-                .driver
-                .enabled
-                .as_ref()
-                .map(|enabled| enabled.channel().clone())
-        })
+        self.device(device, |device| device.driver.channel.clone())
     }
 
     pub fn state_of(&self, device: usize) -> State {
@@ -228,7 +336,13 @@ impl World {
                 (2, Act::Passive),
                 (1, Act::Disable),
                 (20 * passive, Act::Enable),
-                (passive, Act::DropChannel),
+                (15, Act::Request),
+                (6, Act::Try),
+                (3, Act::GiveUp),
+                (2, Act::Pause),
+                (6, Act::Start),
+                (2, Act::CreateGpadl),
+                (3, Act::DeleteGpadl),
             ])
         });
         match act {
@@ -247,7 +361,13 @@ impl World {
                 }
             }
             Act::Enable => self.enable(device),
-            Act::DropChannel => self.drop_channel(device),
+            Act::Request => self.request(device),
+            Act::Try => self.try_send(device),
+            Act::GiveUp => self.give_up(device),
+            Act::Pause => self.pause(device),
+            Act::Start => self.start(device),
+            Act::CreateGpadl => self.create_gpadl(device, level),
+            Act::DeleteGpadl => self.delete_gpadl(device),
         }
     }
 
@@ -257,62 +377,336 @@ impl World {
 
     /// Enables the channel, if it is Disabled and its driver knows.
     pub fn enable(&self, device: usize) -> bool {
-        let ready = self.device(device, |device| device.driver.phase == Phase::Disabled);
+        let (ready, enabled, disabled) = self.device(device, |device| {
+            let driver = &mut device.driver;
+            let ending = driver
+                .waiting
+                .iter()
+                .any(|waiting| matches!(waiting, Waiting::Disabled(_)));
+            let ready = driver.phase == Phase::Disabled && !ending;
+            if !ready {
+                return (false, None, None);
+            }
+            (true, driver.enabled.take(), driver.disabled.take())
+        });
         if !ready {
             return false;
         }
-        self.note(Some(device), "enable", 0);
-        let builder = self.builder(device);
-        let before = self.device(device, |device| {
+        if let Some(enabled) = enabled {
+            // It ended by itself; its owner may get it back, or let it go.
+            if self.dice(|dice| dice.one_in(4)) {
+                self.note(Some(device), "let go", 0);
+                drop(enabled);
+            } else {
+                self.wait(
+                    device,
+                    Waiting::Disabled(Wait::new(enabled.into_disabled())),
+                );
+            }
+            return true;
+        }
+        let fresh = self.dice(|dice| dice.one_in(6));
+        self.note(Some(device), "enable", fresh.into());
+        let disabled = match disabled {
+            Some(disabled) if fresh => {
+                drop(disabled.into_builder());
+                None
+            }
+            disabled => disabled,
+        };
+        let built = disabled.is_none();
+        let disabled =
+            disabled.unwrap_or_else(|| match self.builder(device).build(self.vmbus.client()) {
+                Ok(disabled) => disabled,
+                Err(error) => panic!("the configuration is sound: {error}"),
+            });
+        let old = self.device(device, |device| {
             let driver = &mut device.driver;
             driver.phase = Phase::Enabled;
+            driver.past = driver.past.or(driver.excuses);
             driver.excuses = Excuses {
                 rescinded: device.host.id.is_none(),
                 ..Excuses::default()
             };
             driver.batch = 0;
-            (driver.enabled.take(), driver.waiting.take())
+            driver.channel = Some(disabled.channel().clone());
+            if !built {
+                return Vec::new();
+            }
+            driver.life += 1;
+            driver.paused = driver.config.paused;
+            driver.unsure = false;
+            // Packets belong to the channel that they were allocated on.
+            std::mem::take(&mut driver.spare)
         });
-        drop(before);
-        let enabled = match builder.enable(self.vmbus.client()) {
-            Ok(enabled) => Arc::new(enabled),
-            Err(error) => panic!("the configuration is sound: {error}"),
+        drop(old);
+        let enabled = match disabled.enable() {
+            Ok(enabled) => enabled,
+            Err(error) => panic!("nothing is in the way: {error}"),
         };
-        let whole = enabled.clone();
-        let waiting: Waiting = (
-            Box::pin(async move {
-                let _ = whole.disabled().await;
-            }),
-            Arc::new(Flag(AtomicBool::new(true))),
-        );
+        self.device(device, |device| device.driver.enabled = Some(enabled));
+        true
+    }
+
+    /// Begins to close the channel, in one of the ways that there are.
+    pub fn disable(&self, device: usize) {
+        let (enabled, way) = self.with(|state| {
+            let driver = &mut state.devices[device].driver;
+            driver.excuses.disabled = true;
+            (driver.enabled.take(), state.dice.below(4))
+        });
+        self.note(Some(device), "disable", way as u64);
+        let Some(enabled) = enabled else { return };
+        match way {
+            0 => drop(enabled),
+            1 => self.wait(
+                device,
+                Waiting::Disabled(Wait::new(enabled.into_disabled())),
+            ),
+            _ => {
+                enabled.disable();
+                self.device(device, |device| device.driver.enabled = Some(enabled));
+            }
+        }
+    }
+
+    fn wait(&self, device: usize, waiting: Waiting) {
+        self.device(device, |device| device.driver.waiting.push(waiting));
+    }
+
+    fn pause(&self, device: usize) -> bool {
+        let Some(channel) = self.channel(device) else {
+            return false;
+        };
+        let ending = matches!(channel.state(), State::Disabled | State::Closing);
+        let Ok(paused) = channel.pause() else {
+            return false;
+        };
+        self.note(Some(device), "pause", 0);
         self.device(device, |device| {
-            device.driver.enabled = Some(enabled);
-            device.driver.waiting = Some(waiting);
+            device.driver.paused = true;
+            device.driver.unsure |= ending;
+        });
+        self.wait(device, Waiting::Paused(Wait::new(paused)));
+        true
+    }
+
+    fn start(&self, device: usize) -> bool {
+        let paused = self.device(device, |device| {
+            device.driver.paused || device.driver.unsure
+        });
+        let Some(channel) = self.channel(device).filter(|_| paused) else {
+            return false;
+        };
+        if channel.start().is_err() {
+            return false;
+        }
+        self.note(Some(device), "start", 0);
+        self.device(device, |device| {
+            device.driver.paused = false;
+            device.driver.unsure = false;
         });
         true
     }
 
-    /// Begins to close the channel.
-    pub fn disable(&self, device: usize) {
-        let enabled = self.device(device, |device| {
-            device.driver.excuses.disabled = true;
-            device.driver.enabled.clone()
-        });
-        self.note(Some(device), "disable", 0);
-        if let Some(enabled) = enabled {
-            enabled.disable();
-        }
+    fn create_gpadl(&self, device: usize, level: Level) -> bool {
+        let few = self.device(device, |device| device.driver.gpadls.len() < 3);
+        let Some(channel) = self
+            .channel(device)
+            .filter(|_| few && level == Level::Passive)
+        else {
+            return false;
+        };
+        let pages = self.dice(|dice| dice.between(1, 40) as usize);
+        let Ok(creating) = channel.allocate_gpadl(pages) else {
+            return false;
+        };
+        self.note(Some(device), "create GPADL", pages as u64);
+        self.wait(device, Waiting::Created(Wait::new(creating)));
+        true
     }
 
-    /// Lets go of what owns the channel.
-    fn drop_channel(&self, device: usize) -> bool {
-        if !self.enabled_now(device) {
+    fn delete_gpadl(&self, device: usize) -> bool {
+        let Some(gpadl) = self.device(device, |device| device.driver.gpadls.pop()) else {
             return false;
+        };
+        self.note(Some(device), "delete GPADL", gpadl.handle().0.into());
+        if self.dice(|dice| dice.one_in(2)) {
+            self.wait(device, Waiting::Deleted(Wait::new(gpadl.delete())));
+        } else {
+            drop(gpadl);
         }
-        // The handle stays reachable through a packet or a callback; here it is kept to look at the state.
-        self.disable(device);
-        let waiting = self.device(device, |device| device.driver.waiting.take());
-        waiting.is_some()
+        true
+    }
+
+    /// A request, or a message whose sender waits: with a time limit, or without.
+    fn request(&self, device: usize) -> bool {
+        let Some(channel) = self.channel(device) else {
+            return false;
+        };
+        let (words, timeout, delivery, pages) = self.dice(|dice| {
+            let timeout = match dice.below(4) {
+                0 => Timeout::Never,
+                1 => Timeout::After(0),
+                _ => Timeout::After(dice.between(1, 100_000)),
+            };
+            (length(dice), timeout, dice.one_in(4), dice.below(3))
+        });
+        let pages = (!delivery && pages > 0)
+            .then(|| self.machine.share_pages(pages).ok())
+            .flatten();
+        let page = pages.as_ref().map(|pages| pages.first_page());
+        let kind = if delivery {
+            Kind::Delivery
+        } else {
+            Kind::Request
+        };
+        let until = match timeout {
+            Timeout::Never => u64::MAX,
+            Timeout::After(time) | Timeout::At(time) => self.now() + time,
+        };
+        let mut external = ExternalData::new();
+        if let Some(pages) = pages {
+            let whole = 0..pages.len();
+            assert!(
+                external.push(pages, whole).is_ok(),
+                "whole pages can be lent"
+            );
+        }
+        let number = self.begin_send(device, kind, page, until);
+        self.note(Some(device), "request", number);
+        let bytes = data(device as u64, number, words);
+        let wait = Wait::new(if delivery {
+            channel.deliver(&bytes, timeout)
+        } else {
+            channel.request(&bytes, external, timeout)
+        });
+        self.accepted(device, number);
+        self.wait(
+            device,
+            Waiting::Request {
+                number,
+                kind,
+                until,
+                page,
+                wait,
+            },
+        );
+        true
+    }
+
+    /// Gives a request up.
+    fn give_up(&self, device: usize) -> bool {
+        let request = self.device(device, |device| {
+            let waiting = &mut device.driver.waiting;
+            let at = waiting
+                .iter()
+                .position(|waiting| matches!(waiting, Waiting::Request { .. }))?;
+            let Waiting::Request { number, wait, .. } = waiting.swap_remove(at) else {
+                return None;
+            };
+            if let Some(entry) = device.driver.entry(number) {
+                entry.given_up = true;
+            }
+            Some((number, wait))
+        });
+        let Some((number, wait)) = request else {
+            return false;
+        };
+        self.note(Some(device), "give up", number);
+        drop(wait);
+        true
+    }
+
+    fn try_send(&self, device: usize) -> bool {
+        let Some(channel) = self.channel(device) else {
+            return false;
+        };
+        let words = self.dice(length);
+        let number = self.begin_send(device, Kind::Try, None, u64::MAX);
+        self.note(Some(device), "try to send", number);
+        match channel.try_send(&data(device as u64, number, words)) {
+            Ok(()) => self.accepted(device, number),
+            Err(
+                RequestError::NotQueued
+                | RequestError::Removed(_)
+                | RequestError::Send(SendFailure::NotOpen),
+            ) => {
+                self.take_back(device, number);
+            }
+            Err(RequestError::Send(SendFailure::Ring(error))) => {
+                let lawful = self.device(device, |device| device.host.lawful);
+                assert!(!lawful, "{error} for no reason");
+                self.take_back(device, number);
+            }
+            Err(error) => panic!("packet {number} cannot be tried: {error}"),
+        }
+        true
+    }
+
+    /// A request is over.
+    fn on_request(
+        &self,
+        device: usize,
+        number: u64,
+        kind: Kind,
+        until: u64,
+        result: Result<Answer, RequestError>,
+    ) {
+        self.note(
+            Some(device),
+            if result.is_ok() {
+                "answered"
+            } else {
+                "not answered"
+            },
+            number,
+        );
+        let error = match result {
+            Ok(answer) => {
+                let (lawful, answered) = self.device(device, |device| {
+                    (device.host.lawful, device.host.answered.contains(&number))
+                });
+                if lawful && kind == Kind::Request {
+                    assert!(
+                        answered,
+                        "request {number} ends, and the host has not answered it"
+                    );
+                    assert_eq!(
+                        &*answer,
+                        data(0xA, number, answer.len() / 8),
+                        "the answer is request {number}'s own"
+                    );
+                }
+                assert!(kind == Kind::Request || answer.is_empty());
+                drop(answer);
+                return;
+            }
+            Err(error) => error,
+        };
+        self.device(device, |device| {
+            if let Some(entry) = device.driver.entry(number) {
+                entry.given_up = true;
+            }
+        });
+        match error {
+            RequestError::Cancelled => assert!(
+                self.now() >= until,
+                "request {number} is cancelled before its time is over"
+            ),
+            RequestError::Removed(reason) => self.check_reason(device, reason, true),
+            RequestError::NotQueued
+            | RequestError::Allocate(_)
+            | RequestError::Send(SendFailure::NotOpen) => {
+                let there = self.take_back(device, number);
+                drop(there);
+            }
+            RequestError::Send(SendFailure::Ring(error)) => {
+                let lawful = self.device(device, |device| device.host.lawful);
+                assert!(!lawful, "{error} for no reason");
+            }
+            other => panic!("request {number} fails: {other}"),
+        }
     }
 
     fn builder(&self, device: usize) -> ChannelBuilder {
@@ -329,6 +723,9 @@ impl World {
             .batch_budget(config.budget);
         if config.passive {
             builder = builder.incoming_processing_at_passive();
+        }
+        if config.paused {
+            builder = builder.start_paused();
         }
         let worlds: [_; 8] = std::array::from_fn(|_| self.me());
         let [
@@ -419,7 +816,10 @@ impl World {
 
     fn on_started(&self, device: usize) {
         let before = self.phase(device, Phase::Starting);
-        assert_eq!(before, Phase::Opened, "started comes after opened");
+        assert!(
+            matches!(before, Phase::Opened | Phase::Suspended),
+            "started comes after opened or suspend: {before:?}"
+        );
         self.at_passive("started");
         self.note(Some(device), "started", 0);
         self.in_callback();
@@ -453,10 +853,16 @@ impl World {
 
     fn on_closed(&self, device: usize) {
         let before = self.phase(device, Phase::Closed);
-        assert_eq!(before, Phase::Suspended, "closed comes after suspend");
+        assert!(
+            matches!(before, Phase::Suspended | Phase::Opened),
+            "closed comes after suspend, or when nothing flowed: {before:?}"
+        );
         self.at_passive("closed");
         self.note(Some(device), "closed", 0);
         self.in_callback();
+        // The last moment to take GPADLs back. A driver that forgets is a bug that does no harm.
+        let forgets = !self.is_quiet() && self.dice(|dice| dice.one_in(4));
+        while !forgets && self.delete_gpadl(device) {}
     }
 
     fn on_failure(&self, device: usize, error: ChannelError) {
@@ -468,7 +874,7 @@ impl World {
         assert!(!error.is_orderly(), "{error} is no failure");
         self.at_passive("failure");
         self.note(Some(device), "failure", 0);
-        self.check_reason(device, error);
+        self.check_reason(device, error, false);
     }
 
     fn phase(&self, device: usize, next: Phase) -> Phase {
@@ -486,19 +892,25 @@ impl World {
     }
 
     /// Whether this may be the reason of a channel's end.
-    fn check_reason(&self, device: usize, error: ChannelError) {
+    fn check_reason(&self, device: usize, error: ChannelError, late: bool) {
         let messages = self.plan.messages;
         let allowed = self.with(|state| {
             let excuses = state.excuses;
             let device = &state.devices[device];
-            let own = device.driver.excuses;
+            let own = if late {
+                device.driver.excuses.or(device.driver.past)
+            } else {
+                device.driver.excuses
+            };
             match error {
-                ChannelError::Disabled => own.disabled,
+                ChannelError::Disabled => own.disabled || late,
                 ChannelError::Rescinded => own.rescinded || messages != Messages::Reliable,
                 ChannelError::Unloaded => excuses.left || messages == Messages::Forged,
-                ChannelError::Ring(_) | ChannelError::Pipe { .. } => !device.host.lawful,
+                ChannelError::Ring(_) | ChannelError::Pipe { .. } => late || !device.host.lawful,
                 ChannelError::Packet(_) => own.failed || !device.host.lawful,
                 ChannelError::Refused(_) => own.refused,
+                // A request made while the channel is being paused.
+                ChannelError::Pausing => late,
                 ChannelError::NoMemory(_) => excuses.memory,
                 _ => {
                     excuses.refused
@@ -549,6 +961,7 @@ impl World {
                 let packet = packet.hold();
                 self.device(device, |device| {
                     device.driver.held.push(Held {
+                        life: device.driver.life,
                         epoch,
                         number,
                         packet,
@@ -605,7 +1018,8 @@ impl World {
             if again.is_some() {
                 assert_eq!(packet.level(), Level::Passive, "deferred to PASSIVE");
             }
-            let held = driver.held.len();
+            let life = driver.life;
+            let held = driver.held.iter().filter(|held| held.life == life).count();
             assert!(
                 held < driver.config.quota as usize,
                 "the quota is {}, and the driver has {held} packets",
@@ -698,7 +1112,8 @@ impl World {
         } else {
             kind
         };
-        let number = self.begin_send(device, kind, pages.as_ref().map(|pages| pages.first_page()));
+        let page = pages.as_ref().map(|pages| pages.first_page());
+        let number = self.begin_send(device, kind, page, u64::MAX);
         self.note(Some(device), "send", number);
         let world = self.me();
         packet.set_completion_routine(Arc::new(move |packet, result| {
@@ -739,7 +1154,7 @@ impl World {
             return false;
         };
         let words = self.dice(length);
-        let number = self.begin_send(device, Kind::Anonymous, None);
+        let number = self.begin_send(device, Kind::Anonymous, None, u64::MAX);
         self.note(Some(device), "send without a routine", number);
         let accepted = channel
             .send_message(&data(device as u64, number, words))
@@ -752,7 +1167,7 @@ impl World {
         accepted
     }
 
-    fn begin_send(&self, device: usize, kind: Kind, page: Option<PageNumber>) -> u64 {
+    fn begin_send(&self, device: usize, kind: Kind, page: Option<PageNumber>, until: u64) -> u64 {
         self.with(|state| {
             state.tick += 1;
             let begun = state.tick;
@@ -764,8 +1179,11 @@ impl World {
                 kind,
                 begun,
                 ended: u64::MAX,
+                given_up: false,
+                until,
+                sure: !matches!(kind, Kind::Request | Kind::Delivery),
             });
-            if kind != Kind::Anonymous {
+            if matches!(kind, Kind::Message | Kind::Transaction | Kind::External) {
                 driver.live.insert(number, Live { kind, page });
             }
             number
@@ -806,6 +1224,7 @@ impl World {
 
     /// The host has read packet `number`: no packet sent before it may come after it.
     pub fn check_order(&self, device: usize, number: u64) {
+        let now = self.now();
         self.device(device, |device| {
             let order = &mut device.driver.order;
             let Some(at) = order.iter().position(|entry| entry.number == number) else {
@@ -814,7 +1233,9 @@ impl World {
                 );
             };
             let begun = order[at].begun;
-            let overtaken = order.iter().find(|entry| entry.ended < begun);
+            let overtaken = order.iter().find(|entry| {
+                entry.ended < begun && entry.sure && !entry.given_up && now < entry.until
+            });
             if let Some(entry) = overtaken {
                 panic!("packet {number} has overtaken packet {}", entry.number);
             }
@@ -843,15 +1264,7 @@ impl World {
             Err(error) => self.check_failure(device, number, error),
         }
         drop(packet.take_external_data());
-        if let Some(page) = live.page
-            && self.plan.messages != Messages::Forged
-            && self.host_holds(device, number)
-        {
-            assert!(
-                self.machine.memory().find(page).is_some(),
-                "packet {number}'s memory is given back while the host may write to it"
-            );
-        }
+        self.check_memory(device, number, live.page);
         let fate = if self.is_quiet() {
             0
         } else {
@@ -907,7 +1320,7 @@ impl World {
                     matches!(state, State::Closing | State::Enabled | State::Disabled),
                     "packet {number} fails while the channel is {state}"
                 );
-                self.check_reason(device, reason);
+                self.check_reason(device, reason, false);
             }
         }
     }
@@ -968,35 +1381,108 @@ impl World {
     /// Polls what waits, if it was woken, or for no reason.
     pub fn poll(&self, device: usize) -> bool {
         let odd = !self.is_quiet() && self.dice(|dice| dice.one_in(8));
-        let waiting = self.device(device, |device| {
-            let ready = |(_, flag): &mut Waiting| flag.0.swap(false, Ordering::SeqCst) || odd;
-            device.driver.waiting.take_if(ready)
+        let due: Vec<Waiting> = self.device(device, |device| {
+            let waiting = &mut device.driver.waiting;
+            waiting
+                .extract_if(.., |waiting| waiting.is_due(odd))
+                .collect()
         });
-        let Some((mut future, flag)) = waiting else {
-            return false;
-        };
-        let waker = Waker::from(flag.clone());
-        match future.as_mut().poll(&mut Context::from_waker(&waker)) {
-            Poll::Ready(()) => {
-                self.note(Some(device), "the wait is over", 0);
-                assert_eq!(self.state_of(device), State::Disabled);
+        let busy = !due.is_empty();
+        for waiting in due {
+            self.poll_one(device, waiting);
+        }
+        busy
+    }
+
+    fn poll_one(&self, device: usize, mut waiting: Waiting) {
+        match &mut waiting {
+            Waiting::Disabled(wait) => match wait.poll() {
+                Poll::Ready(Ok(disabled)) => {
+                    self.note(Some(device), "the channel is back", 0);
+                    assert_eq!(disabled.channel().state(), State::Disabled);
+                    self.device(device, |device| device.driver.disabled = Some(disabled));
+                    return;
+                }
+                Poll::Ready(Err(error)) => panic!("nobody is in a callback here: {error}"),
+                Poll::Pending => {}
+            },
+            Waiting::Paused(wait) => {
+                if wait.poll().is_ready() {
+                    let state = self.state_of(device);
+                    self.note(Some(device), "the pause is there", 0);
+                    let started = self.device(device, |device| {
+                        !device.driver.paused || device.driver.unsure
+                    });
+                    assert!(
+                        started
+                            || matches!(state, State::Paused | State::Enabled | State::Disabled),
+                        "paused, and {state}"
+                    );
+                    return;
+                }
             }
-            Poll::Pending => {
+            Waiting::Deleted(wait) => {
+                if wait.poll().is_ready() {
+                    self.note(Some(device), "the GPADL is deleted", 0);
+                    return;
+                }
+            }
+            Waiting::Created(wait) => match wait.poll() {
+                Poll::Ready(Ok(gpadl)) => {
+                    self.note(Some(device), "GPADL", gpadl.handle().0.into());
+                    self.device(device, |device| device.driver.gpadls.push(gpadl));
+                    return;
+                }
+                Poll::Ready(Err(_)) => {
+                    self.note(Some(device), "no GPADL", 0);
+                    return;
+                }
+                Poll::Pending => {}
+            },
+            Waiting::Request {
+                number,
+                kind,
+                until,
+                wait,
+                page,
+            } => {
+                if let Poll::Ready(result) = wait.poll() {
+                    let (number, kind, until, page) = (*number, *kind, *until, *page);
+                    self.on_request(device, number, kind, until, result);
+                    self.check_memory(device, number, page);
+                    return;
+                }
+                let number = *number;
                 self.device(device, |device| {
-                    device.driver.waiting = Some((future, flag));
+                    if let Some(entry) = device.driver.entry(number) {
+                        entry.sure = true;
+                    }
                 });
             }
         }
-        true
+        self.wait(device, waiting);
+    }
+
+    /// The memory of a packet that has ended is gone only if the host has let go of it.
+    fn check_memory(&self, device: usize, number: u64, page: Option<PageNumber>) {
+        if let Some(page) = page
+            && self.plan.messages != Messages::Forged
+            && self.host_holds(device, number)
+        {
+            assert!(
+                self.machine.memory().find(page).is_some(),
+                "packet {number}'s memory is given back while the host may write to it"
+            );
+        }
     }
 
     /// Looks at a channel from outside, between two steps.
     pub fn check_driver(&self, device: usize) {
         let state = self.state_of(device);
-        let old = self.device(device, |device| {
+        self.device(device, |device| {
             let driver = &mut device.driver;
             if state != State::Disabled || driver.phase == Phase::Disabled {
-                return Vec::new();
+                return;
             }
             assert!(
                 driver.live.is_empty(),
@@ -1014,10 +1500,8 @@ impl World {
             assert_eq!(driver.batch, 0, "processing-complete is owed");
             driver.phase = Phase::Disabled;
             driver.order.clear();
-            // They belong to a channel that is no more.
-            std::mem::take(&mut driver.spare)
+            driver.paused = false;
         });
-        drop(old);
     }
 
     /// What must hold once everything has come to rest.
@@ -1037,7 +1521,7 @@ impl World {
                 (device.host.id.is_some(), device.host.lawful)
             });
             let settled = match state {
-                State::Disabled | State::Active => true,
+                State::Disabled | State::Active | State::Paused => true,
                 State::Enabled => !offered || !connected,
                 _ => false,
             };
@@ -1047,12 +1531,30 @@ impl World {
                 self.vmbus.snapshot()
             );
             self.device(device, |device| {
-                let woken = device
-                    .driver
-                    .waiting
-                    .as_ref()
-                    .is_none_or(|_| state != State::Disabled);
-                assert!(woken, "who waits for the channel's end is not woken");
+                for waiting in &device.driver.waiting {
+                    let (what, stays) = match waiting {
+                        Waiting::Disabled(_) => ("end", state != State::Disabled),
+                        Waiting::Paused(_) => ("pause", !settled),
+                        Waiting::Request { .. } => {
+                            ("answer", !matches!(state, State::Active | State::Disabled))
+                        }
+                        Waiting::Created(_) => ("GPADL", !settled),
+                        Waiting::Deleted(_) => ("GPADL's end", !settled),
+                    };
+                    assert!(
+                        stays || !lawful || !reliable,
+                        "who waits for the channel's {what} is not woken: it is {state}"
+                    );
+                }
+                let flows = match state {
+                    State::Active => !device.driver.paused,
+                    State::Paused => device.driver.paused,
+                    _ => true,
+                };
+                assert!(
+                    flows || !reliable || device.driver.unsure,
+                    "the channel is {state}, and the driver wants otherwise"
+                );
             });
             let there = self.device(device, |device| device.host.open);
             if state != State::Active || !lawful || !there || self.plan.messages == Messages::Forged
@@ -1066,7 +1568,12 @@ impl World {
                     "packets never end: {:?}",
                     driver.live.keys()
                 );
-                let left: Vec<u64> = driver.order.iter().map(|entry| entry.number).collect();
+                let left: Vec<u64> = driver
+                    .order
+                    .iter()
+                    .filter(|entry| !entry.given_up)
+                    .map(|entry| entry.number)
+                    .collect();
                 assert!(left.is_empty(), "the host never gets packets {left:?}");
                 assert_eq!(driver.deferred, None, "a deferred packet never comes again");
                 assert_eq!(driver.batch, 0, "processing-complete is owed");
@@ -1082,7 +1589,11 @@ impl World {
             self.driver_completes(device);
             let left = self.device(device, |device| {
                 let driver = &mut device.driver;
-                (std::mem::take(&mut driver.spare), driver.waiting.take())
+                (
+                    std::mem::take(&mut driver.spare),
+                    std::mem::take(&mut driver.waiting),
+                    std::mem::take(&mut driver.gpadls),
+                )
             });
             drop(left);
         }

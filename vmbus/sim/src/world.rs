@@ -24,7 +24,8 @@ pub const SECOND: u64 = 10_000_000;
 const DEPTH: u32 = 3;
 
 /// What a host finds wrong with messages that were on their way when it took the channel back.
-const CROSSED: [&str; 3] = [
+const CROSSED: [&str; 4] = [
+    "no such GPADL is incomplete",
     "OPEN for a rescinded channel",
     "GPADL for a rescinded channel",
     "the channel is not open",
@@ -34,7 +35,7 @@ const CROSSED: [&str; 3] = [
 const TOO_LATE: [&str; 2] = ["no such GPADL", "the channel is not open"];
 
 /// What a host finds wrong with messages that were on their way when the guest made contact anew.
-const LEFT: [&str; 1] = ["not connected"];
+const LEFT: [&str; 2] = ["not connected", "no such GPADL is incomplete"];
 
 /// What may go wrong with messages in a round.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
