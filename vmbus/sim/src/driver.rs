@@ -95,7 +95,7 @@ enum Kind {
 }
 
 /// A packet that the host has yet to read. Two sends of which one interrupts the other may end up in either order.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Order {
     number: u64,
     kind: Kind,
@@ -479,33 +479,39 @@ impl World {
             return false;
         };
         let ending = matches!(channel.state(), State::Disabled | State::Closing);
+        let before = self.device(device, |device| {
+            let driver = &mut device.driver;
+            driver.unsure |= ending;
+            std::mem::replace(&mut driver.paused, true)
+        });
         let Ok(paused) = channel.pause() else {
+            self.device(device, |device| device.driver.paused = before);
             return false;
         };
         self.note(Some(device), "pause", 0);
-        self.device(device, |device| {
-            device.driver.paused = true;
-            device.driver.unsure |= ending;
-        });
         self.wait(device, Waiting::Paused(Wait::new(paused)));
         true
     }
 
     fn start(&self, device: usize) -> bool {
-        let paused = self.device(device, |device| {
-            device.driver.paused || device.driver.unsure
-        });
+        let paused = self.device(device, |device| device.driver.paused || device.driver.unsure);
         let Some(channel) = self.channel(device).filter(|_| paused) else {
             return false;
         };
+        let before = self.device(device, |device| {
+            let driver = &mut device.driver;
+            (
+                std::mem::replace(&mut driver.paused, false),
+                std::mem::replace(&mut driver.unsure, false),
+            )
+        });
         if channel.start().is_err() {
+            self.device(device, |device| {
+                (device.driver.paused, device.driver.unsure) = before;
+            });
             return false;
         }
         self.note(Some(device), "start", 0);
-        self.device(device, |device| {
-            device.driver.paused = false;
-            device.driver.unsure = false;
-        });
         true
     }
 
@@ -664,10 +670,11 @@ impl World {
         );
         let error = match result {
             Ok(answer) => {
-                let (lawful, answered) = self.device(device, |device| {
-                    (device.host.lawful, device.host.answered.contains(&number))
+                // It may be looked at when the channel has been opened anew.
+                let (spoilt, answered) = self.device(device, |device| {
+                    (device.host.spoilt, device.host.answered.contains(&number))
                 });
-                if lawful && kind == Kind::Request {
+                if !spoilt && kind == Kind::Request {
                     assert!(
                         answered,
                         "request {number} ends, and the host has not answered it"
@@ -1226,6 +1233,7 @@ impl World {
     pub fn check_order(&self, device: usize, number: u64) {
         let now = self.now();
         self.device(device, |device| {
+            let (excuses, lawful) = (device.driver.excuses, device.host.lawful);
             let order = &mut device.driver.order;
             let Some(at) = order.iter().position(|entry| entry.number == number) else {
                 panic!(
@@ -1233,11 +1241,15 @@ impl World {
                 );
             };
             let begun = order[at].begun;
+            // Requests are given up as soon as the channel has to end.
+            let ending = excuses.rescinded || excuses.disabled || excuses.failed || !lawful;
             let overtaken = order.iter().find(|entry| {
-                entry.ended < begun && entry.sure && !entry.given_up && now < entry.until
+                let waits = matches!(entry.kind, Kind::Request | Kind::Delivery);
+                let gone = waits && (ending || now >= entry.until) || entry.given_up;
+                entry.ended < begun && entry.sure && !gone
             });
             if let Some(entry) = overtaken {
-                panic!("packet {number} has overtaken packet {}", entry.number);
+                panic!("packet {number} has overtaken packet {entry:?}");
             }
             order.remove(at);
         });

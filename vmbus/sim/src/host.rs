@@ -33,6 +33,8 @@ pub struct HostEnd {
     ring: Option<GpadlHandle>,
     /// The host has kept to the rules of the ring since the channel was opened.
     pub lawful: bool,
+    /// It has broken them at some time.
+    pub spoilt: bool,
     /// The guest has signalled, and the host has not found the ring empty since.
     awake: bool,
     /// A packet that found no room. The host tries again when it is signalled.
@@ -115,6 +117,8 @@ impl Provider for Front {
                 open: true,
                 ring: Some(channel.opening.ring),
                 lawful: true,
+                spoilt: host.spoilt,
+                answered: std::mem::take(&mut host.answered),
                 ..HostEnd::default()
             };
             state.devices[self.device].driver.host_opened();
@@ -412,7 +416,10 @@ impl World {
                 return;
             }
             let number = number.unwrap_or_else(|| {
-                panic!("a completion that the host does not wait for: {transaction:#x}")
+                let known = self.device(device, |device| device.host.completed.clone());
+                panic!(
+                    "a completion that the host does not wait for: {transaction:#x}, after those of packets {known:?}"
+                )
             });
             let (fresh, data) = self.device(device, |device| {
                 (
@@ -554,7 +561,10 @@ impl World {
             return false;
         };
         self.note(Some(device), "the host writes garbage", 0);
-        self.device(device, |device| device.host.lawful = false);
+        self.device(device, |device| {
+            device.host.lawful = false;
+            device.host.spoilt = true;
+        });
         let dice = self.dice(|dice| Dice::new(dice.number()));
         let _ = self.machine.channel(id, |host| scribble(host, dice));
         true
