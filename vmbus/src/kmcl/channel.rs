@@ -157,6 +157,8 @@ pub(crate) struct Shared {
     pub(super) send: DispatchLock<SendSide>,
     /// When to look for room in a ring whose consumer does not signal it; reference time.
     pub(super) poll_at: AtomicU64,
+    /// Counts how often the channel has been closed: what a driver still holds from before is answered no more.
+    pub(super) opening: AtomicU32,
     pub(super) monitor: Monitor,
     /// When the time of a request is over, the earliest first; reference time. May name one that has ended.
     pub(super) request_at: AtomicU64,
@@ -206,6 +208,7 @@ impl Shared {
             )),
             send: DispatchLock::new(SendSide::new(packets, buffers)),
             poll_at: AtomicU64::new(u64::MAX),
+            opening: AtomicU32::new(0),
             monitor: Monitor::default(),
             request_at: AtomicU64::new(u64::MAX),
             caller: Runner::default(),

@@ -364,6 +364,7 @@ impl ReceiveSide {
             0..content.payload().len()
         };
         content.clear_context();
+        content.opening = shared.opening.load(Ordering::Relaxed);
         Ok(())
     }
 

@@ -38,6 +38,8 @@ pub(super) struct Content {
     pub(super) data: Range<usize>,
     context: Box<[ContextUnit]>,
     context_size: usize,
+    /// The opening of the channel in which it came: its answer belongs into no other.
+    pub(super) opening: u32,
 }
 
 /// A piece of a client context. The alignment suits whatever a driver puts there.
@@ -71,6 +73,7 @@ impl Content {
             data: 0..0,
             context: context.into_boxed_slice(),
             context_size,
+            opening: 0,
         }))
     }
 

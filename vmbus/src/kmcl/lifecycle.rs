@@ -576,6 +576,8 @@ impl Channel {
         if let Some(buffer) = left {
             shared.recycle(buffer);
         }
+        // Nothing that came through these rings is answered through the next ones.
+        shared.opening.fetch_add(1, Ordering::SeqCst);
         shared.send.lock(&*shared.client.hypervisor).detach();
         shared.poll_at.store(u64::MAX, Ordering::Relaxed);
     }

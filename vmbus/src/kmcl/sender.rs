@@ -496,7 +496,8 @@ impl Shared {
         data: &[u8],
     ) -> Option<Box<Content>> {
         let mut side = self.send.lock(&*self.client.hypervisor);
-        if matches!(side.gate, Gate::Closed | Gate::Shut) {
+        let stale = buffer.opening != self.opening.load(Ordering::SeqCst);
+        if stale || matches!(side.gate, Gate::Closed | Gate::Shut) {
             return Some(buffer);
         }
         if side.is_clear() {

@@ -9,10 +9,11 @@ use std::task::{Context, Poll, Wake, Waker};
 use vmbus::ConnectionState;
 use vmbus::kmcl::{ChannelBuilder, ChannelError, ConfigError, Refused, State};
 use vmbus::protocol::{Guid, MessageType, Status};
+use vmbus::ring::Outgoing;
 use vmbus_host::bus::{Device, Fault, Profile, Rule};
 use vmbus_host::machine::Manual;
 
-use crate::support::{INSTANCE, INTERFACE, Journal, SECOND, Seen, Shelf, Vm, is_active};
+use crate::support::{INSTANCE, INTERFACE, Journal, SECOND, Seen, Shelf, Vm, is_active, received};
 
 #[test]
 fn callbacks_run_in_their_order() {
@@ -408,6 +409,38 @@ fn impossible_settings_are_refused() {
         enable(new().ring_pages(8000, 8000)),
         ConfigError::RingTooLarge { pages: 16002 }
     );
+}
+
+#[test]
+fn a_packet_held_beyond_the_channels_end_is_not_answered_on_the_next_opening() {
+    let (vm, id) = Vm::with_device();
+    let shelf = Shelf::default();
+    let kept = shelf.clone();
+    let channel = vm.enable(
+        &Journal::default().builder(move |_, packet| kept.lock().unwrap().push(packet.hold())),
+    );
+    vm.host(id, |host| {
+        let packet = Outgoing::in_band([b"question", &[]]).with_completion(7);
+        host.send(&packet).unwrap();
+    });
+    vm.machine.settle();
+    // Nobody waits for the driver when the guest leaves.
+    vm.vmbus.begin_unload();
+    vm.machine.settle();
+    let client = vm.vmbus.client();
+    let disabled = client.block_on(channel.into_disabled()).unwrap().unwrap();
+    vm.connect();
+    let channel = disabled.enable().unwrap();
+    vm.machine.settle();
+    assert!(is_active(&channel));
+    let packets = std::mem::take(&mut *shelf.lock().unwrap());
+    assert_eq!(packets.len(), 1);
+    for packet in packets {
+        packet.complete(b"too late");
+    }
+    vm.machine.settle();
+    assert_eq!(vm.host(id, received), [], "the host did not ask here");
+    vm.assert_well_behaved();
 }
 
 struct Counter(AtomicU32);
