@@ -494,7 +494,9 @@ impl World {
     }
 
     fn start(&self, device: usize) -> bool {
-        let paused = self.device(device, |device| device.driver.paused || device.driver.unsure);
+        let paused = self.device(device, |device| {
+            device.driver.paused || device.driver.unsure
+        });
         let Some(channel) = self.channel(device).filter(|_| paused) else {
             return false;
         };
@@ -1512,7 +1514,7 @@ impl World {
             assert_eq!(driver.batch, 0, "processing-complete is owed");
             driver.phase = Phase::Disabled;
             driver.order.clear();
-            driver.paused = false;
+            driver.paused = driver.config.paused;
         });
     }
 
