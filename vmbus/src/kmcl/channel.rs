@@ -450,6 +450,8 @@ impl Channel {
             return Err(StateError::InCallback);
         }
         self.0.pause_requested.store(false, Ordering::SeqCst);
+        // Who waits for the pause waits for nothing now.
+        self.0.client.notify();
         self.0.client.request_attention();
         Ok(())
     }

@@ -469,6 +469,22 @@ fn async_code_is_woken_by_changes() {
 }
 
 #[test]
+fn who_waits_for_a_pause_that_is_taken_back_is_woken() {
+    let (vm, _) = Vm::with_device();
+    let channel = vm.enable(&Journal::default().builder(|_, packet| packet.complete(&[])));
+    let counter = Arc::new(Counter(AtomicU32::new(0)));
+    let waker = Waker::from(counter.clone());
+    let mut context = Context::from_waker(&waker);
+    let mut paused = pin!(channel.channel().pause().unwrap());
+    assert_eq!(paused.as_mut().poll(&mut context), Poll::Pending);
+    channel.channel().start().unwrap();
+    vm.machine.settle();
+    assert!(is_active(&channel), "it was never paused");
+    assert!(counter.0.load(Ordering::SeqCst) > 0);
+    assert_eq!(paused.as_mut().poll(&mut context), Poll::Ready(()));
+}
+
+#[test]
 fn an_idle_bus_asks_for_nothing() {
     let (vm, _) = Vm::with_device();
     let _channel = vm.enable(&Journal::default().builder(|_, packet| packet.complete(&[])));
