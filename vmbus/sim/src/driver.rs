@@ -154,7 +154,7 @@ impl<T> Wait<T> {
 enum Waiting {
     /// The channel's end; then it can be enabled again.
     Disabled(Wait<Result<DisabledChannel, StateError>>),
-    Paused(Wait<()>),
+    Paused(Channel, Wait<()>),
     Request {
         number: u64,
         kind: Kind,
@@ -170,7 +170,7 @@ impl Waiting {
     fn is_due(&mut self, odd: bool) -> bool {
         match self {
             Self::Disabled(wait) => wait.is_due(odd),
-            Self::Paused(wait) | Self::Deleted(wait) => wait.is_due(odd),
+            Self::Paused(_, wait) | Self::Deleted(wait) => wait.is_due(odd),
             Self::Request { wait, .. } => wait.is_due(odd),
             Self::Created(wait) => wait.is_due(odd),
         }
@@ -489,7 +489,7 @@ impl World {
             return false;
         };
         self.note(Some(device), "pause", 0);
-        self.wait(device, Waiting::Paused(Wait::new(paused)));
+        self.wait(device, Waiting::Paused(channel, Wait::new(paused)));
         true
     }
 
@@ -1420,9 +1420,9 @@ impl World {
                 Poll::Ready(Err(error)) => panic!("nobody is in a callback here: {error}"),
                 Poll::Pending => {}
             },
-            Waiting::Paused(wait) => {
+            Waiting::Paused(channel, wait) => {
                 if wait.poll().is_ready() {
-                    let state = self.state_of(device);
+                    let state = channel.state();
                     self.note(Some(device), "the pause is there", 0);
                     let started = self.device(device, |device| {
                         !device.driver.paused || device.driver.unsure
@@ -1479,7 +1479,10 @@ impl World {
 
     /// The memory of a packet that has ended is gone only if the host has let go of it.
     fn check_memory(&self, device: usize, number: u64, page: Option<PageNumber>) {
+        // A host that answers what it did not mean to has let go.
+        let spoilt = self.device(device, |device| device.host.spoilt);
         if let Some(page) = page
+            && !spoilt
             && self.plan.messages != Messages::Forged
             && self.host_holds(device, number)
         {
@@ -1548,7 +1551,7 @@ impl World {
                 for waiting in &device.driver.waiting {
                     let (what, stays) = match waiting {
                         Waiting::Disabled(_) => ("end", state != State::Disabled),
-                        Waiting::Paused(_) => ("pause", !settled),
+                        Waiting::Paused(..) => ("pause", !settled),
                         Waiting::Request { .. } => {
                             ("answer", !matches!(state, State::Active | State::Disabled))
                         }
