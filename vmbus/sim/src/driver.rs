@@ -1234,7 +1234,9 @@ impl World {
     /// The host has read packet `number`: no packet sent before it may come after it.
     pub fn check_order(&self, device: usize, number: u64) {
         let now = self.now();
-        self.device(device, |device| {
+        self.with(|state| {
+            let left = state.excuses.left;
+            let device = &mut state.devices[device];
             let (excuses, lawful) = (device.driver.excuses, device.host.lawful);
             let order = &mut device.driver.order;
             let Some(at) = order.iter().position(|entry| entry.number == number) else {
@@ -1244,7 +1246,7 @@ impl World {
             };
             let begun = order[at].begun;
             // Requests are given up as soon as the channel has to end.
-            let ending = excuses.rescinded || excuses.disabled || excuses.failed || !lawful;
+            let ending = left || excuses.rescinded || excuses.disabled || excuses.failed || !lawful;
             let overtaken = order.iter().find(|entry| {
                 let waits = matches!(entry.kind, Kind::Request | Kind::Delivery);
                 let gone = waits && (ending || now >= entry.until) || entry.given_up;

@@ -37,8 +37,10 @@ pub struct HostEnd {
     pub spoilt: bool,
     /// The guest has signalled, and the host has not found the ring empty since.
     awake: bool,
-    /// A packet that found no room. The host tries again when it is signalled.
+    /// A packet that found no room.
     stuck: Option<Sent>,
+    /// The guest has signalled since: the host tries again.
+    room: bool,
     /// Numbers of packets sent.
     pub sent: u64,
     /// Completions that the host waits for: packet numbers by transaction id.
@@ -137,6 +139,7 @@ impl Provider for Front {
             world.device(self.device, |device| {
                 if device.host.offers == self.offer {
                     device.host.awake = true;
+                    device.host.room = true;
                 }
             });
         }
@@ -250,8 +253,8 @@ impl World {
             Act::Twice => self.host_answers(device, id, true),
             Act::Wrong => self.host_answers_nothing(device, id),
             Act::Retry => {
-                let awake = self.device(device, |device| device.host.awake);
-                awake && self.host_retries(device, id)
+                let room = self.device(device, |device| device.host.room);
+                room && self.host_retries(device, id)
             }
             Act::Mask => {
                 // A host that is at work wants no signals.
@@ -272,8 +275,10 @@ impl World {
             return false;
         };
         let mut busy = false;
-        if self.device(device, |device| device.host.awake) {
+        if self.device(device, |device| device.host.room) {
             busy |= self.host_retries(device, id);
+        }
+        if self.device(device, |device| device.host.awake) {
             busy |= self.host_reads(device, id, usize::MAX);
         }
         while self.host_answers(device, id, false) {
@@ -319,9 +324,11 @@ impl World {
     }
 
     fn host_retries(&self, device: usize, id: ChannelId) -> bool {
-        let Some(sent) = self.device(device, |device| device.host.stuck.take()) else {
-            return false;
-        };
+        let sent = self.device(device, |device| {
+            device.host.room = false;
+            device.host.stuck.take()
+        });
+        let Some(sent) = sent else { return false };
         self.note(Some(device), "the host sends again", sent.number);
         self.host_writes(device, id, sent)
     }
