@@ -6,41 +6,18 @@
 
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use alloc::sync::Arc;
 use embassy_time::{Duration, Timer};
 use enlit::println;
 use spin::Mutex;
 use vmbus::bus::Config;
-use vmbus::ids::ChannelId;
 use vmbus::{ConnectionState, Vmbus};
 use vmbus_c::Heartbeat;
 use vmbus_host::bus::Profile;
 use vmbus_host::integration::{self, Heartbeat as Provider, Host, Service};
-use vmbus_host::machine::{Guest, Machine};
+use vmbus_host::machine::Machine;
 
 /// One second in units of 100 ns.
 const SECOND: u64 = 10_000_000;
-
-/// The guest's stack, as the machine in the guest interrupts it.
-struct GuestEnd(Arc<Vmbus>);
-
-impl Guest for GuestEnd {
-    fn on_message(&self, payload: &[u8]) -> bool {
-        self.0.on_message(payload)
-    }
-
-    fn on_event(&self, channel: ChannelId) {
-        self.0.on_event(channel);
-    }
-
-    fn run_work(&self) {
-        self.0.run_work();
-    }
-
-    fn deadline(&self) -> Option<u64> {
-        self.0.deadline()
-    }
-}
 
 /// Lets ten seconds of the machine pass, and gives how many beats were answered meanwhile.
 fn beats(machine: &Machine, service: &Mutex<Service<Provider>>) -> u64 {
@@ -61,7 +38,7 @@ pub async fn heartbeat() {
 
     let machine = Machine::new(Profile::hyper_v());
     let vmbus = Vmbus::new(machine.clone(), Config::default());
-    machine.attach(Arc::new(GuestEnd(vmbus.clone())));
+    machine.attach(vmbus.clone());
     let (id, service) = integration::offer(&machine, Host::HyperV, Provider::new(u64::MAX - 2))
         .expect("an empty bus has room");
     let driver = Heartbeat::start(vmbus.client()).expect("the driver in C starts");

@@ -24,7 +24,7 @@ use vmbus::protocol::Guid;
 use vmbus::ring::{Outgoing, PacketBuffer, Reader, Ring, Signal, Writer};
 use vmbus::shared::SharedPages;
 use vmbus_host::bus::{Device, Profile};
-use vmbus_host::machine::{Guest, Machine, Manual};
+use vmbus_host::machine::{Machine, Manual};
 use zerocopy::{FromBytes, IntoBytes, KnownLayout};
 
 const INTERFACE: Guid = Guid::literal("11111111-2222-3333-4444-555555555555");
@@ -99,26 +99,6 @@ impl Hypervisor for Lean {
     }
 }
 
-struct GuestEnd(Arc<Vmbus>);
-
-impl Guest for GuestEnd {
-    fn on_message(&self, payload: &[u8]) -> bool {
-        self.0.on_message(payload)
-    }
-
-    fn on_event(&self, channel: ChannelId) {
-        self.0.on_event(channel);
-    }
-
-    fn run_work(&self) {
-        self.0.run_work();
-    }
-
-    fn deadline(&self) -> Option<u64> {
-        self.0.deadline()
-    }
-}
-
 /// An open channel, and both ends of it.
 struct World {
     hypervisor: Arc<Lean>,
@@ -141,7 +121,7 @@ impl World {
             signals: AtomicU64::new(0),
         });
         let vmbus = Vmbus::new(hypervisor.clone(), Config::default());
-        machine.attach(Arc::new(GuestEnd(vmbus.clone())));
+        machine.attach(vmbus.clone());
         let id = machine
             .add(Device::new(INTERFACE, INTERFACE), Manual)
             .unwrap();

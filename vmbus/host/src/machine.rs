@@ -17,6 +17,7 @@ use core::num::NonZeroU16;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use spin::{Mutex, Once};
+use vmbus::Vmbus;
 use vmbus::hypervisor::{Hypervisor, Level, OutOfMemory, PostError};
 use vmbus::ids::{ChannelId, ConnectionId, GpadlHandle, PageNumber, VpIndex};
 use vmbus::protocol::{Guid, Status};
@@ -39,6 +40,24 @@ pub trait Guest: Send + Sync {
     fn run_work(&self);
     /// When the deferred work has to run next.
     fn deadline(&self) -> Option<u64>;
+}
+
+impl Guest for Vmbus {
+    fn on_message(&self, payload: &[u8]) -> bool {
+        Self::on_message(self, payload)
+    }
+
+    fn on_event(&self, channel: ChannelId) {
+        Self::on_event(self, channel);
+    }
+
+    fn run_work(&self) {
+        Self::run_work(self);
+    }
+
+    fn deadline(&self) -> Option<u64> {
+        Self::deadline(self)
+    }
 }
 
 /// What serves a channel at the host.

@@ -9,7 +9,6 @@ use std::task::{Context, Poll, Waker};
 
 use vmbus::Vmbus;
 use vmbus::bus::Config;
-use vmbus::ids::ChannelId;
 use vmbus::kmcl::{
     ChannelBuilder, ExternalData, Level, OutgoingPacket, PageNumber, SharedPages, Timeout,
 };
@@ -17,29 +16,9 @@ use vmbus::protocol::Guid;
 use vmbus::ring::{Outgoing, PacketBuffer};
 use vmbus_host::bus::{Device, Profile};
 use vmbus_host::channel::HostChannel;
-use vmbus_host::machine::{Guest, Machine, Manual};
+use vmbus_host::machine::{Machine, Manual};
 
 const INTERFACE: Guid = Guid::literal("11111111-2222-3333-4444-555555555555");
-
-struct GuestEnd(Arc<Vmbus>);
-
-impl Guest for GuestEnd {
-    fn on_message(&self, payload: &[u8]) -> bool {
-        self.0.on_message(payload)
-    }
-
-    fn on_event(&self, channel: ChannelId) {
-        self.0.on_event(channel);
-    }
-
-    fn run_work(&self) {
-        self.0.run_work();
-    }
-
-    fn deadline(&self) -> Option<u64> {
-        self.0.deadline()
-    }
-}
 
 /// Reads everything, answers what wants an answer, and sends a packet of its own that wants one.
 fn host_turn(host: &mut HostChannel, packet: &mut PacketBuffer) {
@@ -61,7 +40,7 @@ fn host_turn(host: &mut HostChannel, packet: &mut PacketBuffer) {
 fn packets_both_ways_allocate_nothing_once_they_have_flowed() {
     let machine = Machine::new(Profile::openvmm());
     let vmbus = Vmbus::new(machine.clone(), Config::default());
-    machine.attach(Arc::new(GuestEnd(vmbus.clone())));
+    machine.attach(vmbus.clone());
     let id = machine
         .add(Device::new(INTERFACE, INTERFACE), Manual)
         .unwrap();
@@ -124,7 +103,7 @@ fn packets_both_ways_allocate_nothing_once_they_have_flowed() {
 fn contexts_deferral_and_packets_held_for_long_allocate_nothing_once_they_have_flowed() {
     let machine = Machine::new(Profile::openvmm());
     let vmbus = Vmbus::new(machine.clone(), Config::default());
-    machine.attach(Arc::new(GuestEnd(vmbus.clone())));
+    machine.attach(vmbus.clone());
     let id = machine
         .add(Device::new(INTERFACE, INTERFACE), Manual)
         .unwrap();
@@ -202,7 +181,7 @@ fn contexts_deferral_and_packets_held_for_long_allocate_nothing_once_they_have_f
 fn requests_allocate_nothing_once_they_have_flowed() {
     let machine = Machine::new(Profile::openvmm());
     let vmbus = Vmbus::new(machine.clone(), Config::default());
-    machine.attach(Arc::new(GuestEnd(vmbus.clone())));
+    machine.attach(vmbus.clone());
     let id = machine
         .add(Device::new(INTERFACE, INTERFACE), Manual)
         .unwrap();

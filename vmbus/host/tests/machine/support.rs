@@ -13,33 +13,13 @@ use vmbus::ring::Outgoing;
 use vmbus::{ConnectionState, Vmbus};
 use vmbus_host::bus::{Device, Profile};
 use vmbus_host::channel::HostChannel;
-use vmbus_host::machine::{Guest, Machine, Manual};
+use vmbus_host::machine::{Machine, Manual};
 
 pub const INTERFACE: Guid = Guid::literal("11111111-2222-3333-4444-555555555555");
 pub const INSTANCE: Guid = Guid::literal("aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee");
 
 /// One second in units of 100 ns.
 pub const SECOND: u64 = 10_000_000;
-
-struct GuestEnd(Arc<Vmbus>);
-
-impl Guest for GuestEnd {
-    fn on_message(&self, payload: &[u8]) -> bool {
-        self.0.on_message(payload)
-    }
-
-    fn on_event(&self, channel: ChannelId) {
-        self.0.on_event(channel);
-    }
-
-    fn run_work(&self) {
-        self.0.run_work();
-    }
-
-    fn deadline(&self) -> Option<u64> {
-        self.0.deadline()
-    }
-}
 
 pub struct Vm {
     pub machine: Arc<Machine>,
@@ -56,7 +36,7 @@ impl Vm {
     pub fn with_config(profile: Profile, config: Config) -> Self {
         let machine = Machine::new(profile);
         let vmbus = Vmbus::new(machine.clone(), config);
-        machine.attach(Arc::new(GuestEnd(vmbus.clone())));
+        machine.attach(vmbus.clone());
         Self { machine, vmbus }
     }
 
