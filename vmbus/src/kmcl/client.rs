@@ -150,10 +150,11 @@ impl Inner {
         }
     }
 
-    /// Takes a channel out of the table. At PASSIVE.
-    pub(super) fn uninstall(&self, id: ChannelId) {
+    /// Takes a channel out of the table, unless another has its number by now. At PASSIVE.
+    pub(super) fn uninstall(&self, id: ChannelId, channel: &Channel) {
         if let Some(slot) = self.slot(id) {
-            let gone = slot.lock(&*self.hypervisor).take();
+            let is_it = |known: &mut Arc<Shared>| Arc::ptr_eq(known, channel.shared());
+            let gone = slot.lock(&*self.hypervisor).take_if(is_it);
             // Dropped here, where the lock is open and the level is what it was.
             drop(gone);
         }

@@ -36,6 +36,8 @@ pub(super) struct Lifecycle {
     news: News,
     /// The opened callback ran and agreed, so a closed callback is due.
     announced: bool,
+    /// The connection that the offer came with is no more. The next one may use the same numbers.
+    orphaned: bool,
     reason: Option<ChannelError>,
 }
 
@@ -96,7 +98,14 @@ impl Lifecycle {
             self.phase,
             Phase::Greeting | Phase::Running | Phase::Pausing | Phase::Paused | Phase::Draining
         );
-        self.bound.filter(|_| open).map(|bound| bound.channel)
+        self.connected().filter(|_| open)
+    }
+
+    /// The offer's channel number, while the host knows it by that.
+    fn connected(&self) -> Option<ChannelId> {
+        self.bound
+            .filter(|_| !self.orphaned)
+            .map(|bound| bound.channel)
     }
 
     /// The device and the MiB of address space that its offer asks for, from the opened callback until all is over.
@@ -129,8 +138,7 @@ impl Channel {
 
     /// The number of the offer that the channel is bound to.
     pub(crate) fn bound_to(&self) -> Option<ChannelId> {
-        let lifecycle = self.shared().lifecycle.lock();
-        lifecycle.bound.map(|bound| bound.channel)
+        self.shared().lifecycle.lock().connected()
     }
 
     /// Binds to an offer and begins to open it.
@@ -212,7 +220,12 @@ impl Channel {
 
     /// The connection is no more. If `acknowledged`, the host touches nothing any more.
     pub(crate) fn on_disconnected(&self, acknowledged: bool) {
-        self.shared().lifecycle.lock().news.disconnected = Some(acknowledged);
+        let mut lifecycle = self.shared().lifecycle.lock();
+        lifecycle.news.disconnected = Some(acknowledged);
+        lifecycle.orphaned = true;
+        drop(lifecycle);
+        // A callback may wait for one of these.
+        self.shared().gpadls.disconnected(self, acknowledged);
         self.shared().client.request_attention();
     }
 }
@@ -222,7 +235,7 @@ impl Channel {
     /// Looks what the host, the driver or the dispatcher wants of the channel, and does it, as far as it can be done now.
     pub(crate) fn step(&self, bus: &Mutex<Bus>) {
         self.step_gpadls(bus);
-        if self.begin_step() {
+        if self.begin_step(false) {
             while self.advance(bus) {}
             self.end_step();
         }
@@ -230,7 +243,7 @@ impl Channel {
 
     /// Stops using the connection, which is about to be ended. `false` when a callback stands in the way.
     pub(crate) fn prepare_unload(&self, bus: &Mutex<Bus>) -> bool {
-        let begun = self.begin_step();
+        let begun = self.begin_step(true);
         if begun {
             self.leave_connection(Some(bus));
             self.end_step();
@@ -240,15 +253,17 @@ impl Channel {
 
     /// Whether a step can be made: not below a step, and not below a batch at PASSIVE, because delivery cannot be
     /// turned off from within. Then it is made when that one ends.
-    fn begin_step(&self) -> bool {
+    fn begin_step(&self, unloading: bool) -> bool {
         let shared = self.shared();
         let mut lifecycle = shared.lifecycle.lock();
         let free = !lifecycle.stepping && !self.is_processing_below();
         lifecycle.stepping |= free;
+        let leaving = unloading || lifecycle.orphaned;
         drop(lifecycle);
         if !free {
             shared.skipped.store(true, Ordering::SeqCst);
-            if let Some(reason) = shared.reason_to_end() {
+            let left = leaving.then_some(ChannelError::Unloaded);
+            if let Some(reason) = shared.reason_to_end().or(left) {
                 // The callback in the way may wait for an answer that will not come.
                 shared.stop_sending(Gate::CompletionsOnly, reason);
                 shared.give_up_requests();
@@ -569,7 +584,7 @@ impl Channel {
         let shared = self.shared();
         shared.delivery.restrict(Delivery::Off);
         if let Some(id) = shared.id() {
-            shared.client.uninstall(id);
+            shared.client.uninstall(id, self);
         }
         shared.set_id(None);
         let left = shared.alone(|side| side.detach());
@@ -657,7 +672,6 @@ impl Channel {
         self.leave_connection(None);
         self.detach();
         self.forget_ring(acknowledged);
-        self.shared().gpadls.disconnected(self, acknowledged);
         self.end(bus, ChannelError::Unloaded);
     }
 
@@ -667,15 +681,17 @@ impl Channel {
         if self.phase() == Phase::Ended {
             return;
         }
-        let (bound, announced) = {
+        let (channel, announced) = {
             let mut lifecycle = shared.lifecycle.lock();
-            (lifecycle.bound.take(), lifecycle.announced)
+            let channel = lifecycle.connected();
+            lifecycle.bound = None;
+            (channel, lifecycle.announced)
         };
         let rescinded = shared.rescinded.swap(false, Ordering::SeqCst);
         shared.monitor.bind(&shared.client, None);
-        if rescinded && let Some(bound) = bound {
+        if rescinded && let Some(channel) = channel {
             // Refused when the connection is gone, and then nobody waits for it.
-            let _ = bus.lock().release(bound.channel);
+            let _ = bus.lock().release(channel);
         }
         let disable = shared.disable_requested.load(Ordering::SeqCst);
         let final_word = matches!(reason, ChannelError::Unloaded | ChannelError::Refused(_));
@@ -695,7 +711,7 @@ impl Channel {
         }
         self.set_phase(Phase::Ended);
         shared.stop_sending(Gate::Shut, reason);
-        self.fail_outgoing(reason);
+        self.call(|channel| channel.fail_outgoing(reason));
         let mut channels = shared.client.channels.lock();
         channels.retain(|other| !other.is(self));
         drop(channels);
