@@ -21,6 +21,7 @@ use super::monitor::Monitor;
 use super::quota::Quota;
 use super::request::Runner;
 use super::sender::{Gate, SendSide};
+use crate::hypervisor::Level;
 use crate::ids::{ChannelId, ConnectionId, VpIndex};
 use crate::protocol::Guid;
 use crate::ring::Signal;
@@ -376,9 +377,11 @@ impl Channel {
         self.0.caller.during(self.0.this_vp(), || callback(self))
     }
 
-    /// Whether a state-change callback of the channel called this code, or its process-packet callback at PASSIVE.
+    /// Whether a state-change callback of the channel called this code, or its process-packet callback at PASSIVE. An
+    /// interrupt in the middle of one did not come from it.
     pub(super) fn is_in_callback(&self) -> bool {
-        self.0.caller.is(self.0.this_vp()) || self.is_processing_below()
+        (self.0.caller.is(self.0.this_vp()) || self.is_processing_below())
+            && self.0.client.hypervisor.current_level() == Level::Passive
     }
 
     /// Whether a batch of the channel at PASSIVE called this code.
@@ -577,7 +580,10 @@ impl EnabledChannel {
             return Err(StateError::InCallback);
         }
         let client = &self.channel.shared().client;
-        let over = || self.channel.state() == State::Disabled;
+        // The failure callback comes last of all.
+        let over = || {
+            self.channel.state() == State::Disabled && self.channel.shared().caller.is_idle()
+        };
         core::future::poll_fn(|context| client.poll_change(context, over)).await;
         Ok(())
     }

@@ -717,15 +717,20 @@ impl Channel {
         drop(channels);
         let paused = shared.config.start_paused;
         shared.pause_requested.store(paused, Ordering::SeqCst);
-        shared.set_state(State::Disabled);
-        if !reason.is_orderly() {
+        // Who waits for the end waits for the failure callback too.
+        self.call(|channel| {
+            shared.set_state(State::Disabled);
+            if reason.is_orderly() {
+                return;
+            }
             if !announced {
                 log::error!("{}: {reason}", shared.config.friendly_name);
             }
             if let Some(failure) = &shared.config.callbacks.failure {
-                self.call(|channel| failure(channel, reason));
+                failure(channel, reason);
             }
-        }
+        });
+        shared.client.notify();
     }
 
     /// Makes a channel that has ended, or never begun, wait for an offer.

@@ -235,6 +235,11 @@ impl Runner {
         result
     }
 
+    /// Whether no VP does.
+    pub(super) fn is_idle(&self) -> bool {
+        self.0.load(Ordering::SeqCst) == 0
+    }
+
     pub(super) fn is(&self, vp: VpIndex) -> bool {
         self.0.load(Ordering::SeqCst) == vp.0.wrapping_add(1)
     }

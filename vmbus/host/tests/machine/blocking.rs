@@ -3,16 +3,18 @@
 use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
-use std::task::Poll;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::task::{Context, Poll, Waker};
 
+use vmbus::ConnectionState;
+use vmbus::ids::VpIndex;
 use vmbus::kmcl::{
-    Channel, ChannelBuilder, ChannelError, ExternalData, Level, RequestError, State, StateError,
-    Timeout, WouldBlock,
+    Channel, ChannelBuilder, ChannelError, EnabledChannel, ExternalData, Level, Refused,
+    RequestError, State, StateError, Timeout, WouldBlock,
 };
-use vmbus::protocol::Guid;
+use vmbus::protocol::{Guid, MessageType};
 use vmbus::ring::PacketBuffer;
-use vmbus_host::bus::{Device, Profile};
+use vmbus_host::bus::{Device, Fault, Profile, Rule};
 use vmbus_host::channel::HostChannel;
 use vmbus_host::machine::{Manual, Provider};
 
@@ -243,4 +245,184 @@ fn a_wait_sleeps_until_somebody_wakes_it_or_its_time_is_over() {
     assert!(matches!(outcome, Err(RequestError::Cancelled)));
     assert!(client.now() >= end);
     assert!(polls <= 3, "polled {polls} times");
+}
+
+/// A second device of [`INTERFACE`], served by the test.
+const OTHER: Guid = Guid::literal("00000000-0000-0000-0000-000000000009");
+
+fn request_for_ever(channel: &Channel) -> Option<RequestError> {
+    let none = ExternalData::new();
+    let result = channel.send_synchronous_request(&[0; 8], none, Timeout::Never, &mut []);
+    result.err()
+}
+
+#[test]
+fn an_unload_ends_the_wait_of_post_started() {
+    let (vm, _) = Vm::with_device();
+    let outcome: Arc<Mutex<Option<RequestError>>> = Arc::default();
+    let (told, stack) = (outcome.clone(), vm.vmbus.clone());
+    let channel = vm.enable(&ChannelBuilder::new(INTERFACE).post_started(move |channel| {
+        stack.begin_unload();
+        *told.lock().unwrap() = request_for_ever(channel);
+    }));
+    vm.machine.settle();
+    assert_eq!(
+        *outcome.lock().unwrap(),
+        Some(RequestError::Removed(ChannelError::Unloaded))
+    );
+    assert_eq!(channel.channel().state(), State::Disabled);
+    assert_eq!(
+        vm.vmbus.connection(),
+        ConnectionState::Unloaded { acknowledged: true }
+    );
+    assert_eq!(vm.machine.shared_runs(), 0);
+    vm.assert_well_behaved();
+}
+
+#[test]
+fn a_new_contact_ends_every_wait_for_the_old_one() {
+    let (vm, _) = Vm::with_device();
+    let outcome: Arc<Mutex<Option<RequestError>>> = Arc::default();
+    let (told, stack, machine) = (outcome.clone(), vm.vmbus.clone(), vm.machine.clone());
+    let channel = vm.enable(&ChannelBuilder::new(INTERFACE).post_started(move |channel| {
+        machine.server(|server| {
+            server.inject(Rule::once(MessageType::GPADL_CREATED, Fault::Drop));
+        });
+        let client = channel.client();
+        let seen = client.changes();
+        let creating = channel.allocate_gpadl(1).unwrap();
+        client.block_on(client.changed(seen)).unwrap();
+        stack.connect();
+        assert!(client.block_on(creating).unwrap().is_err());
+        *told.lock().unwrap() = request_for_ever(channel);
+    }));
+    vm.machine.settle();
+    assert_eq!(
+        *outcome.lock().unwrap(),
+        Some(RequestError::Removed(ChannelError::Unloaded))
+    );
+    assert_eq!(channel.channel().state(), State::Disabled);
+    assert_eq!(vm.machine.shared_runs(), 0);
+}
+
+#[test]
+fn a_channel_of_the_old_connection_does_not_stand_in_the_way_of_the_new_one() {
+    let (vm, id) = Vm::with_device();
+    let next: Arc<OnceLock<EnabledChannel>> = Arc::default();
+    let (waited, stack) = (next.clone(), vm.vmbus.clone());
+    let old = vm.enable(
+        &ChannelBuilder::new(INTERFACE)
+            .start_paused()
+            .post_started(move |channel| {
+                stack.connect();
+                let next = waited.get().unwrap().channel();
+                let client = channel.client();
+                let active = async {
+                    let mut seen = client.changes();
+                    while next.state() != State::Active {
+                        seen = client.changed(seen).await;
+                    }
+                };
+                client.block_on(active).unwrap();
+            }),
+    );
+    let journal = Journal::default();
+    let enabled = vm.enable(&journal.builder(|_, packet| packet.complete(&[])));
+    next.set(enabled).unwrap();
+    old.channel().start().unwrap();
+    vm.machine.settle();
+    assert_eq!(old.channel().state(), State::Disabled);
+    journal.take();
+    vm.send(id, &7u64.to_le_bytes());
+    vm.machine.settle();
+    assert_eq!(journal.take_numbers(), [7]);
+    vm.assert_well_behaved();
+}
+
+#[test]
+fn a_completion_routine_cannot_wait_for_the_end_of_its_channel() {
+    let (vm, _) = Vm::with_device();
+    let owner: Arc<OnceLock<EnabledChannel>> = Arc::default();
+    owner.set(vm.enable(&ChannelBuilder::new(INTERFACE))).unwrap();
+    let channel = owner.get().unwrap().channel();
+    let outcome: Arc<Mutex<Option<Result<(), StateError>>>> = Arc::default();
+    let (told, waited) = (outcome.clone(), owner.clone());
+    let mut packet = channel.allocate_packet().unwrap();
+    packet.set_completion_routine(Arc::new(move |packet, result| {
+        assert!(result.is_err());
+        let client = packet.channel().client();
+        let over = client.block_on(waited.get().unwrap().disabled());
+        *told.lock().unwrap() = over.ok();
+    }));
+    packet.send_transaction(&[0; 8]).unwrap();
+    owner.get().unwrap().disable();
+    vm.machine.settle();
+    assert_eq!(*outcome.lock().unwrap(), Some(Err(StateError::InCallback)));
+    assert_eq!(channel.state(), State::Disabled);
+}
+
+#[test]
+fn an_interrupt_during_a_callback_is_not_that_callback() {
+    let (vm, _) = Vm::with_device();
+    let id = vm.machine.add(Device::new(INTERFACE, OTHER), Manual);
+    let id = id.unwrap();
+    vm.machine.settle();
+    let outcome: Arc<Mutex<Option<StateError>>> = Arc::default();
+    let (told, machine) = (outcome.clone(), vm.machine.clone());
+    let first = vm.enable(
+        &ChannelBuilder::new(INTERFACE)
+            .instance(INSTANCE)
+            .start_paused()
+            .post_started(move |_| {
+                machine.channel(id, |host| {
+                    let packet = vmbus::ring::Outgoing::in_band([&[0; 8], &[]]);
+                    host.send(&packet).unwrap();
+                });
+            }),
+    );
+    let paused = first.channel().clone();
+    let _second = vm.enable(&ChannelBuilder::new(INTERFACE).instance(OTHER).process_packet(
+        move |_, packet| {
+            assert_eq!(packet.level(), Level::Dispatch);
+            *told.lock().unwrap() = paused.pause().err();
+            packet.complete(&[]);
+        },
+    ));
+    first.channel().start().unwrap();
+    vm.machine.settle();
+    assert_eq!(*outcome.lock().unwrap(), None);
+    assert_eq!(first.channel().state(), State::Paused);
+}
+
+#[test]
+fn a_channel_has_ended_when_its_last_callback_has() {
+    let (vm, _) = Vm::with_device();
+    let id = vm.machine.add(Device::new(INTERFACE, OTHER), Manual);
+    let id = id.unwrap();
+    vm.machine.settle();
+    let owner: Arc<OnceLock<EnabledChannel>> = Arc::default();
+    let over: Arc<Mutex<Option<bool>>> = Arc::default();
+    let (told, waited) = (over.clone(), owner.clone());
+    // On another VP, while the failure callback runs on the first.
+    let other = ChannelBuilder::new(INTERFACE).instance(OTHER);
+    let _other = vm.enable(&other.target_vp(VpIndex(1)).process_packet(move |_, packet| {
+        let disabled = pin!(waited.get().unwrap().disabled());
+        let polled = disabled.poll(&mut Context::from_waker(Waker::noop()));
+        *told.lock().unwrap() = Some(polled.is_ready());
+        packet.complete(&[]);
+    }));
+    let machine = vm.machine.clone();
+    let refusing = ChannelBuilder::new(INTERFACE)
+        .opened(|_| Err(Refused("no")))
+        .failure(move |_, _| {
+            machine.channel(id, |host| {
+                let packet = vmbus::ring::Outgoing::in_band([&[0; 8], &[]]);
+                host.send(&packet).unwrap();
+            });
+        });
+    owner.set(refusing.enable(vm.vmbus.client()).unwrap()).unwrap();
+    vm.machine.settle();
+    assert_eq!(*over.lock().unwrap(), Some(false));
+    let disabled = vm.vmbus.client().block_on(owner.get().unwrap().disabled());
+    assert_eq!(disabled, Ok(Ok(())));
 }

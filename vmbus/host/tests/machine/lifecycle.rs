@@ -494,3 +494,52 @@ fn an_idle_bus_asks_for_nothing() {
     assert_eq!(vm.machine.work_requests(), work);
     assert_eq!(vm.machine.signals(), signals);
 }
+
+#[test]
+fn a_pause_that_is_taken_back_wakes_who_waits_for_it() {
+    let (vm, _) = Vm::with_device();
+    let channel = vm.enable(&Journal::default().builder(|_, packet| packet.complete(&[])));
+    vm.machine.settle();
+    let counter = Arc::new(Counter(AtomicU32::new(0)));
+    let waker = Waker::from(counter.clone());
+    let mut context = Context::from_waker(&waker);
+    let mut paused = pin!(channel.channel().pause().unwrap());
+    assert_eq!(paused.as_mut().poll(&mut context), Poll::Pending);
+    channel.channel().start().unwrap();
+    vm.machine.settle();
+    assert!(counter.0.load(Ordering::SeqCst) > 0);
+    assert_eq!(paused.as_mut().poll(&mut context), Poll::Ready(()));
+    assert!(is_active(&channel));
+}
+
+#[test]
+fn a_packet_of_an_earlier_connection_is_not_answered_on_the_next() {
+    let (vm, id) = Vm::with_device();
+    let shelf = Shelf::default();
+    let holder = shelf.clone();
+    let builder =
+        Journal::default().builder(move |_, packet| holder.lock().unwrap().push(packet.hold()));
+    let channel = vm.enable(&builder);
+    vm.host(id, |host| {
+        let packet = Outgoing::in_band([&[0; 8], &[]]).with_completion(77);
+        host.send(&packet).unwrap();
+    });
+    vm.vmbus.begin_unload();
+    vm.machine.settle();
+    let client = vm.vmbus.client();
+    let disabled = client.block_on(channel.into_disabled()).unwrap().unwrap();
+    vm.connect();
+    let channel = disabled.enable().unwrap();
+    vm.machine.settle();
+    assert!(is_active(&channel));
+    for packet in shelf.lock().unwrap().drain(..) {
+        assert!(packet.completion_requested());
+        packet.complete(&[1; 8]);
+    }
+    vm.machine.settle();
+    assert_eq!(vm.host(id, received), []);
+    channel.disable();
+    vm.machine.settle();
+    assert_eq!(channel.channel().state(), State::Disabled);
+    vm.assert_well_behaved();
+}

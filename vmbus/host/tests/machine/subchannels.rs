@@ -296,7 +296,7 @@ fn an_unload_ends_all_of_them_and_a_new_connection_has_only_the_primary() {
             .iter()
             .all(|channel| channel.channel().state() == State::Disabled)
     );
-    assert_eq!(order.take().len(), 6);
+    assert_closed_in_order(&order);
     assert_eq!(vm.machine.shared_runs(), 0);
     vm.connect();
     assert_eq!(vm.vmbus.snapshot().offers.len(), 1);
@@ -331,4 +331,14 @@ fn a_failing_sub_channel_does_not_fail_its_primary() {
     ));
     assert!(is_active(&primary));
     vm.assert_well_behaved();
+}
+
+#[test]
+fn a_new_contact_closes_sub_channels_before_their_primary() {
+    let (vm, _, channels, order) = family(Profile::openvmm());
+    vm.connect();
+    for channel in &channels {
+        assert_eq!(channel.channel().state(), State::Disabled);
+    }
+    assert_closed_in_order(&order);
 }
