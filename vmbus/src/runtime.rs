@@ -479,9 +479,10 @@ impl Vmbus {
 
     fn step_channels(&self) -> bool {
         let unload = self.unload_requested.load(Ordering::SeqCst);
-        // All, also when one is not ready: the others need not wait for it.
+        // All, also when one is not ready: the others need not wait for it. Sub-channels, which were enabled after their
+        // primary channel, come before it.
         let leave = |ready: bool, channel: &Channel| channel.prepare_unload(&self.bus) && ready;
-        if unload && self.channels().iter().fold(true, leave) {
+        if unload && self.channels().iter().rev().fold(true, leave) {
             self.unload_requested.store(false, Ordering::SeqCst);
             let now = self.hypervisor().reference_time();
             self.bus.lock().unload(now);
@@ -490,7 +491,7 @@ impl Vmbus {
         if !self.inner().take_attention() {
             return false;
         }
-        for channel in self.channels() {
+        for channel in self.channels().iter().rev() {
             channel.step(&self.bus);
         }
         self.bind_waiting();
