@@ -581,9 +581,8 @@ impl EnabledChannel {
         }
         let client = &self.channel.shared().client;
         // The failure callback comes last of all.
-        let over = || {
-            self.channel.state() == State::Disabled && self.channel.shared().caller.is_idle()
-        };
+        let over =
+            || self.channel.state() == State::Disabled && self.channel.shared().caller.is_idle();
         core::future::poll_fn(|context| client.poll_change(context, over)).await;
         Ok(())
     }

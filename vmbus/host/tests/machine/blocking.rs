@@ -261,10 +261,12 @@ fn an_unload_ends_the_wait_of_post_started() {
     let (vm, _) = Vm::with_device();
     let outcome: Arc<Mutex<Option<RequestError>>> = Arc::default();
     let (told, stack) = (outcome.clone(), vm.vmbus.clone());
-    let channel = vm.enable(&ChannelBuilder::new(INTERFACE).post_started(move |channel| {
-        stack.begin_unload();
-        *told.lock().unwrap() = request_for_ever(channel);
-    }));
+    let channel = vm.enable(
+        &ChannelBuilder::new(INTERFACE).post_started(move |channel| {
+            stack.begin_unload();
+            *told.lock().unwrap() = request_for_ever(channel);
+        }),
+    );
     vm.machine.settle();
     assert_eq!(
         *outcome.lock().unwrap(),
@@ -284,18 +286,20 @@ fn a_new_contact_ends_every_wait_for_the_old_one() {
     let (vm, _) = Vm::with_device();
     let outcome: Arc<Mutex<Option<RequestError>>> = Arc::default();
     let (told, stack, machine) = (outcome.clone(), vm.vmbus.clone(), vm.machine.clone());
-    let channel = vm.enable(&ChannelBuilder::new(INTERFACE).post_started(move |channel| {
-        machine.server(|server| {
-            server.inject(Rule::once(MessageType::GPADL_CREATED, Fault::Drop));
-        });
-        let client = channel.client();
-        let seen = client.changes();
-        let creating = channel.allocate_gpadl(1).unwrap();
-        client.block_on(client.changed(seen)).unwrap();
-        stack.connect();
-        assert!(client.block_on(creating).unwrap().is_err());
-        *told.lock().unwrap() = request_for_ever(channel);
-    }));
+    let channel = vm.enable(
+        &ChannelBuilder::new(INTERFACE).post_started(move |channel| {
+            machine.server(|server| {
+                server.inject(Rule::once(MessageType::GPADL_CREATED, Fault::Drop));
+            });
+            let client = channel.client();
+            let seen = client.changes();
+            let creating = channel.allocate_gpadl(1).unwrap();
+            client.block_on(client.changed(seen)).unwrap();
+            stack.connect();
+            assert!(client.block_on(creating).unwrap().is_err());
+            *told.lock().unwrap() = request_for_ever(channel);
+        }),
+    );
     vm.machine.settle();
     assert_eq!(
         *outcome.lock().unwrap(),
@@ -310,22 +314,20 @@ fn a_channel_of_the_old_connection_does_not_stand_in_the_way_of_the_new_one() {
     let (vm, id) = Vm::with_device();
     let next: Arc<OnceLock<EnabledChannel>> = Arc::default();
     let (waited, stack) = (next.clone(), vm.vmbus.clone());
-    let old = vm.enable(
-        &ChannelBuilder::new(INTERFACE)
-            .start_paused()
-            .post_started(move |channel| {
-                stack.connect();
-                let next = waited.get().unwrap().channel();
-                let client = channel.client();
-                let active = async {
-                    let mut seen = client.changes();
-                    while next.state() != State::Active {
-                        seen = client.changed(seen).await;
-                    }
-                };
-                client.block_on(active).unwrap();
-            }),
-    );
+    let old = vm.enable(&ChannelBuilder::new(INTERFACE).start_paused().post_started(
+        move |channel| {
+            stack.connect();
+            let next = waited.get().unwrap().channel();
+            let client = channel.client();
+            let active = async {
+                let mut seen = client.changes();
+                while next.state() != State::Active {
+                    seen = client.changed(seen).await;
+                }
+            };
+            client.block_on(active).unwrap();
+        },
+    ));
     let journal = Journal::default();
     let enabled = vm.enable(&journal.builder(|_, packet| packet.complete(&[])));
     next.set(enabled).unwrap();
@@ -343,7 +345,9 @@ fn a_channel_of_the_old_connection_does_not_stand_in_the_way_of_the_new_one() {
 fn a_completion_routine_cannot_wait_for_the_end_of_its_channel() {
     let (vm, _) = Vm::with_device();
     let owner: Arc<OnceLock<EnabledChannel>> = Arc::default();
-    owner.set(vm.enable(&ChannelBuilder::new(INTERFACE))).unwrap();
+    owner
+        .set(vm.enable(&ChannelBuilder::new(INTERFACE)))
+        .unwrap();
     let channel = owner.get().unwrap().channel();
     let outcome: Arc<Mutex<Option<Result<(), StateError>>>> = Arc::default();
     let (told, waited) = (outcome.clone(), owner.clone());
@@ -381,13 +385,15 @@ fn an_interrupt_during_a_callback_is_not_that_callback() {
             }),
     );
     let paused = first.channel().clone();
-    let _second = vm.enable(&ChannelBuilder::new(INTERFACE).instance(OTHER).process_packet(
-        move |_, packet| {
-            assert_eq!(packet.level(), Level::Dispatch);
-            *told.lock().unwrap() = paused.pause().err();
-            packet.complete(&[]);
-        },
-    ));
+    let _second = vm.enable(
+        &ChannelBuilder::new(INTERFACE)
+            .instance(OTHER)
+            .process_packet(move |_, packet| {
+                assert_eq!(packet.level(), Level::Dispatch);
+                *told.lock().unwrap() = paused.pause().err();
+                packet.complete(&[]);
+            }),
+    );
     first.channel().start().unwrap();
     vm.machine.settle();
     assert_eq!(*outcome.lock().unwrap(), None);
@@ -405,12 +411,16 @@ fn a_channel_has_ended_when_its_last_callback_has() {
     let (told, waited) = (over.clone(), owner.clone());
     // On another VP, while the failure callback runs on the first.
     let other = ChannelBuilder::new(INTERFACE).instance(OTHER);
-    let _other = vm.enable(&other.target_vp(VpIndex(1)).process_packet(move |_, packet| {
-        let disabled = pin!(waited.get().unwrap().disabled());
-        let polled = disabled.poll(&mut Context::from_waker(Waker::noop()));
-        *told.lock().unwrap() = Some(polled.is_ready());
-        packet.complete(&[]);
-    }));
+    let _other = vm.enable(
+        &other
+            .target_vp(VpIndex(1))
+            .process_packet(move |_, packet| {
+                let disabled = pin!(waited.get().unwrap().disabled());
+                let polled = disabled.poll(&mut Context::from_waker(Waker::noop()));
+                *told.lock().unwrap() = Some(polled.is_ready());
+                packet.complete(&[]);
+            }),
+    );
     let machine = vm.machine.clone();
     let refusing = ChannelBuilder::new(INTERFACE)
         .opened(|_| Err(Refused("no")))
@@ -420,7 +430,9 @@ fn a_channel_has_ended_when_its_last_callback_has() {
                 host.send(&packet).unwrap();
             });
         });
-    owner.set(refusing.enable(vm.vmbus.client()).unwrap()).unwrap();
+    owner
+        .set(refusing.enable(vm.vmbus.client()).unwrap())
+        .unwrap();
     vm.machine.settle();
     assert_eq!(*over.lock().unwrap(), Some(false));
     let disabled = vm.vmbus.client().block_on(owner.get().unwrap().disabled());

@@ -496,23 +496,6 @@ fn an_idle_bus_asks_for_nothing() {
 }
 
 #[test]
-fn a_pause_that_is_taken_back_wakes_who_waits_for_it() {
-    let (vm, _) = Vm::with_device();
-    let channel = vm.enable(&Journal::default().builder(|_, packet| packet.complete(&[])));
-    vm.machine.settle();
-    let counter = Arc::new(Counter(AtomicU32::new(0)));
-    let waker = Waker::from(counter.clone());
-    let mut context = Context::from_waker(&waker);
-    let mut paused = pin!(channel.channel().pause().unwrap());
-    assert_eq!(paused.as_mut().poll(&mut context), Poll::Pending);
-    channel.channel().start().unwrap();
-    vm.machine.settle();
-    assert!(counter.0.load(Ordering::SeqCst) > 0);
-    assert_eq!(paused.as_mut().poll(&mut context), Poll::Ready(()));
-    assert!(is_active(&channel));
-}
-
-#[test]
 fn a_packet_of_an_earlier_connection_is_not_answered_on_the_next() {
     let (vm, id) = Vm::with_device();
     let shelf = Shelf::default();
