@@ -386,3 +386,32 @@ fn what_is_for_passive_is_refused_at_dispatch_and_never_waits() {
     assert!(caller.vm.machine.is_open(id));
     assert_eq!(caller.book.take(), []);
 }
+
+/// What was logged, by every test of this program.
+static LINES: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
+
+struct Lines;
+
+impl log::Log for Lines {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        LINES.lock().unwrap().push(record.args().to_string());
+    }
+
+    fn flush(&self) {}
+}
+
+#[test]
+fn a_line_of_the_driver_reaches_the_log() {
+    log::set_logger(&Lines).unwrap();
+    log::set_max_level(log::LevelFilter::Info);
+    let caller = Caller::alone();
+    let text = c"a line of the test of the log";
+    unsafe { VmbLog(caller.device.handle(), text.as_ptr().cast()) };
+    log::set_max_level(log::LevelFilter::Off);
+    let line = text.to_str().unwrap();
+    assert!(LINES.lock().unwrap().iter().any(|seen| seen == line));
+}

@@ -647,3 +647,15 @@ fn a_packet_that_several_complete_is_completed_once() {
     caller.disable();
     caller.vm.assert_well_behaved();
 }
+
+#[test]
+fn the_paged_buffer_flag_is_taken_and_changes_nothing() {
+    let (caller, id) = Caller::active();
+    let flag = VMBUS_CHANNEL_FORMAT_FLAG_PAGED_BUFFER;
+    assert_eq!(
+        caller.send(caller.packet(), b"message!", flag),
+        STATUS_SUCCESS
+    );
+    let messages = caller.vm.host(id, received);
+    assert_eq!(messages, [(None, b"message!".to_vec())]);
+}

@@ -5,6 +5,7 @@
 mod balloon;
 mod blocking;
 mod dispatcher;
+mod documentation;
 mod gpadls;
 mod hostile;
 mod hosts;
@@ -20,3 +21,4 @@ mod sending;
 mod state_table;
 mod subchannels;
 mod support;
+mod traps;
