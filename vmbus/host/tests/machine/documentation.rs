@@ -145,8 +145,13 @@ mod c_interface {
 
     #[test]
     fn every_callback_is_marked() {
-        assert_eq!(abi::CALLBACKS.len(), 21);
-        for callback in abi::CALLBACKS {
+        let callbacks = || {
+            abi::CALLBACKS
+                .iter()
+                .filter(|it| it.name.starts_with("EVT_VMB_"))
+        };
+        assert_eq!(callbacks().count(), 21);
+        for callback in callbacks() {
             let server = callback.name.contains("SAVE_") || callback.name.contains("RESTORE_");
             let works = works(callback.name, &row(callback.name));
             assert_eq!(works, !server, "{}", callback.name);
