@@ -330,6 +330,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap()
 }
 
+/// The callback in which something is to be done, and what.
+type Hook = (Ran, fn(&Rig) -> Did);
+
 /// A channel, its driver, and its host.
 pub struct Rig {
     pub vm: Vm,
@@ -345,7 +348,7 @@ pub struct Rig {
     pub device: Mutex<Option<ChannelId>>,
     ran: Mutex<Vec<Ran>>,
     /// What is to be done in a callback.
-    hook: Mutex<Option<(Ran, fn(&Self) -> Did)>>,
+    hook: Mutex<Option<Hook>>,
     did: Mutex<Option<Did>>,
     /// Packets that the driver holds.
     pub shelf: Shelf,
@@ -850,11 +853,9 @@ impl Rig {
     fn release(&self) {
         self.offer();
         match self.place {
-            Place::Fresh | Place::Ended => {
-                if self.channel().state() == State::Disabled {
-                    // A sub-channel may be refused; then it stays what it is.
-                    let _ = self.enable();
-                }
+            // A sub-channel may be refused; then it stays what it is.
+            Place::Fresh | Place::Ended if self.channel().state() == State::Disabled => {
+                let _ = self.enable();
             }
             Place::InSuspendToPause
             | Place::DrainToPause
