@@ -373,18 +373,21 @@ fn run_work() {
     bus.work.queue_at(next);
 }
 
-/// Offers the stack, which has emptied its inbox, the message that it had no room for, and those behind it.
+/// Offers the stack, which has emptied its inbox, the message that it had no room for, and those behind it. If an interrupt
+/// has filled the inbox again meanwhile, the message stays, and more work has been asked for.
 pub(crate) fn offer_held() {
     let Some(bus) = BUS.get().filter(|bus| bus.is_held.load(Ordering::Acquire)) else {
         return;
     };
     let interrupts = InterruptsOff::enter();
-    let held = bus.held.lock().take();
-    bus.is_held.store(false, Ordering::Release);
-    if let Some(payload) = held {
-        bus.vmbus.on_message(&payload);
+    let taken = bus
+        .held
+        .lock()
+        .take_if(|payload| bus.vmbus.on_message(payload));
+    if taken.is_some() {
+        bus.is_held.store(false, Ordering::Release);
+        take_messages(bus);
     }
-    take_messages(bus);
     drop(interrupts);
 }
 
