@@ -29,6 +29,8 @@ struct Config {
     passive: bool,
     /// It opens paused.
     paused: bool,
+    /// The driver sends messages only, and the host next to nothing: few signals hide that one is missing.
+    one_way: bool,
 }
 
 /// How far the state-change callbacks have come.
@@ -223,6 +225,7 @@ impl Driver {
                 packets: dice.between(2, 16) as usize,
                 passive: dice.one_in(4),
                 paused: dice.one_in(6),
+                one_way: dice.one_in(3),
             },
             channel: None,
             enabled: None,
@@ -272,6 +275,11 @@ impl Driver {
     /// With what packet `number` was completed, if it was.
     pub fn completion(&self, number: u64) -> Option<Vec<u8>> {
         self.completions.get(&number).cloned()
+    }
+
+    /// Whether next to nothing comes from the host.
+    pub fn is_one_way(&self) -> bool {
+        self.config.one_way
     }
 
     /// Packets that were delivered since the channel was opened.
@@ -549,7 +557,8 @@ impl World {
 
     /// A request, or a message whose sender waits: with a time limit, or without.
     fn request(&self, device: usize) -> bool {
-        let Some(channel) = self.channel(device) else {
+        let one_way = self.device(device, |device| device.driver.config.one_way);
+        let Some(channel) = self.channel(device).filter(|_| !one_way) else {
             return false;
         };
         let (words, timeout, delivery, pages) = self.dice(|dice| {
@@ -791,15 +800,20 @@ impl World {
     }
 
     /// A callback runs: the driver may do something else there, too.
-    fn in_callback(&self) {
+    fn in_callback(&self, device: usize) {
         if self.is_quiet() {
             return;
         }
-        let (act, other) = self.with(|state| {
+        let (what, other) = self.with(|state| {
             let count = state.devices.len();
-            (state.dice.one_in(6), state.dice.below(count))
+            (state.dice.below(8), state.dice.below(count))
         });
-        if act && self.drive_deeper(other) {
+        let done = match what {
+            0 => self.drive_deeper(other),
+            1 => self.deeper(|| self.host_acts(device)),
+            _ => false,
+        };
+        if done {
             self.count();
         }
     }
@@ -810,7 +824,7 @@ impl World {
         assert_eq!(channel.state(), State::Opening);
         self.at_passive("opened");
         self.note(Some(device), "opened", 0);
-        self.in_callback();
+        self.in_callback(device);
         if !self.is_quiet() && self.dice(|dice| dice.one_in(25)) {
             self.note(Some(device), "the driver refuses", 0);
             self.device(device, |device| {
@@ -831,7 +845,7 @@ impl World {
         );
         self.at_passive("started");
         self.note(Some(device), "started", 0);
-        self.in_callback();
+        self.in_callback(device);
         let before = self.phase(device, Phase::Running { post: false });
         assert_eq!(before, Phase::Starting, "nothing comes during started");
     }
@@ -845,7 +859,7 @@ impl World {
         );
         self.at_passive("post-started");
         self.note(Some(device), "post-started", 0);
-        self.in_callback();
+        self.in_callback(device);
     }
 
     fn on_suspend(&self, device: usize) {
@@ -857,7 +871,7 @@ impl World {
         );
         self.at_passive("suspend");
         self.note(Some(device), "suspend", 0);
-        self.in_callback();
+        self.in_callback(device);
     }
 
     fn on_closed(&self, device: usize) {
@@ -867,8 +881,9 @@ impl World {
             "closed comes after suspend, or when nothing flowed: {before:?}"
         );
         self.at_passive("closed");
+        self.check_drained(device);
         self.note(Some(device), "closed", 0);
-        self.in_callback();
+        self.in_callback(device);
         // The last moment to take GPADLs back. A driver that forgets is a bug that does no harm.
         let forgets = !self.is_quiet() && self.dice(|dice| dice.one_in(4));
         while !forgets && self.delete_gpadl(device) {}
@@ -946,7 +961,7 @@ impl World {
             self.received(device, &packet),
         );
         self.note(Some(device), "packet", number);
-        self.in_callback();
+        self.in_callback(device);
         let fate = if self.is_quiet() {
             Fate::Complete
         } else {
@@ -1067,7 +1082,7 @@ impl World {
         );
         assert!(count > 0, "processing-complete of nothing");
         assert_eq!(count, batch, "processing-complete tells of every packet");
-        self.in_callback();
+        self.in_callback(device);
     }
 
     fn allocate(&self, device: usize) -> bool {
@@ -1102,12 +1117,14 @@ impl World {
         let Some(mut packet) = packet else {
             return false;
         };
+        let one_way = self.device(device, |device| device.driver.config.one_way);
         let (kind, words, pages) = self.dice(|dice| {
+            let transactions = u64::from(!one_way);
             (
                 dice.pick(&[
                     (5, Kind::Message),
-                    (5, Kind::Transaction),
-                    (2, Kind::External),
+                    (5 * transactions, Kind::Transaction),
+                    (2 * transactions, Kind::External),
                 ]),
                 length(dice),
                 dice.between(1, 3) as usize,
@@ -1293,7 +1310,7 @@ impl World {
             2 => self.device(device, |device| device.driver.spare.push(packet)),
             _ => drop(packet),
         }
-        self.in_callback();
+        self.in_callback(device);
     }
 
     fn check_answer(&self, device: usize, number: u64, kind: Kind, answer: &[u8]) {
@@ -1495,9 +1512,23 @@ impl World {
         }
     }
 
+    /// The channel goes on only when the driver has completed all that it held; nobody waits for it when the guest leaves.
+    fn check_drained(&self, device: usize) {
+        let held = self.with(|state| {
+            let left = state.excuses.left;
+            let driver = &state.devices[device].driver;
+            let mine = |held: &&Held| held.life == driver.life && !left;
+            driver.held.iter().filter(mine).count()
+        });
+        assert_eq!(held, 0, "the driver still has packets");
+    }
+
     /// Looks at a channel from outside, between two steps.
     pub fn check_driver(&self, device: usize) {
         let state = self.state_of(device);
+        if state == State::Paused {
+            self.check_drained(device);
+        }
         self.device(device, |device| {
             let driver = &mut device.driver;
             if state != State::Disabled || driver.phase == Phase::Disabled {

@@ -228,9 +228,10 @@ impl World {
         let Some(id) = self.host_end(device) else {
             return false;
         };
+        let one_way = self.device(device, |device| device.driver.is_one_way());
         let act = self.dice(|dice| {
             dice.pick(&[
-                (30, Act::Send),
+                (if one_way { 1 } else { 30 }, Act::Send),
                 (30, Act::Read),
                 (20, Act::Answer),
                 (3, Act::Twice),
@@ -241,8 +242,9 @@ impl World {
         });
         match act {
             Act::Send => {
-                let count = self.dice(|dice| dice.between(1, 6));
-                (0..count).any(|_| self.host_sends(device, id))
+                let count = self.dice(|dice| dice.between(1, 8));
+                let sent = (0..count).take_while(|_| self.host_sends(device, id));
+                sent.count() > 0
             }
             Act::Read => {
                 let (odd, most) = self.dice(|dice| (dice.one_in(8), dice.between(1, 12)));

@@ -191,7 +191,7 @@ impl World {
             ]),
             garbage: dice.one_in(3),
             dies: dice.one_in(8),
-            density: dice.pick(&[(1, 3), (2, 8), (2, 30), (1, 1_000_000)]),
+            density: dice.pick(&[(2, 3), (2, 8), (2, 30), (1, 1_000_000)]),
         };
         let length = dice.between(200, 3000);
         let devices = dice.between(1, 4) as usize;
@@ -344,7 +344,7 @@ impl World {
             (1, Act::Unload),
             (20, Act::Connect),
             (20, Act::Poll),
-            (1, Act::Rest),
+            (6, Act::Rest),
         ];
         let (act, device) = self.with(|state| {
             let count = state.devices.len();
