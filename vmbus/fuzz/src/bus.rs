@@ -162,7 +162,12 @@ impl Guest {
                 }
             }
             Step::Teardown(handle) => {
-                let _ = self.bus.teardown_gpadl(now, GpadlHandle(handle));
+                self.events();
+                let result = self.bus.teardown_gpadl(now, GpadlHandle(handle));
+                // From now on the host alone decides when it lets go, and may never.
+                if result.is_ok() && self.creating.remove(&handle) {
+                    self.created.insert(handle);
+                }
             }
             Step::Open(channel, ring) => {
                 self.events();
