@@ -40,6 +40,36 @@ pub struct DisabledChannel {
 }
 
 /// The owner of an enabled channel. Dropping it disables the channel in the background.
+///
+/// What KMCL allows for Disabled channels only cannot be written for this one; it has to end first:
+///
+/// ```
+/// use vmbus::kmcl::{DisabledChannel, EnabledChannel, StateError};
+/// async fn again(enabled: EnabledChannel) -> Result<(), StateError> {
+///     let disabled: DisabledChannel = enabled.into_disabled().await?;
+///     let builder = disabled.into_builder().maximum_packet_size(512);
+///     # drop(builder);
+///     Ok(())
+/// }
+/// ```
+///
+/// Setting it up:
+///
+/// ```compile_fail,E0599
+/// use vmbus::kmcl::EnabledChannel;
+/// fn configure(enabled: EnabledChannel) {
+///     enabled.into_builder();
+/// }
+/// ```
+///
+/// Enabling it once more:
+///
+/// ```compile_fail,E0599
+/// use vmbus::kmcl::EnabledChannel;
+/// fn enable(enabled: EnabledChannel) {
+///     enabled.enable();
+/// }
+/// ```
 #[must_use = "dropping it disables the channel"]
 pub struct EnabledChannel {
     channel: Channel,

@@ -14,6 +14,7 @@ mod lifecycle;
 mod memory;
 mod monitor;
 mod packets;
+mod pausing;
 mod process_packet_callbacks;
 mod raw;
 mod requests;
