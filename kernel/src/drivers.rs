@@ -17,9 +17,11 @@ use vmbus::drivers::standing::Standing;
 use vmbus::drivers::time_sync::TimeSync;
 use vmbus::drivers::wall_clock::WallClock;
 use vmbus::ids::{ChannelId, VpIndex};
+#[cfg(feature = "heartbeat")]
 use vmbus::kmcl::abi::NTSTATUS;
 use vmbus::kmcl::{ConfigError, Guid, State, interface};
 use vmbus::protocol::Version;
+#[cfg(feature = "heartbeat")]
 use vmbus_c::Heartbeat;
 
 use crate::arch::cpu::InterruptsOff;
@@ -87,6 +89,7 @@ pub(crate) enum Error {
     /// A driver is not made right.
     Driver(ConfigError),
     /// The same of one in C.
+    #[cfg(feature = "heartbeat")]
     DriverInC(NTSTATUS),
     /// The host does not offer a required device.
     NotOffered { device: Device, offers: usize },
@@ -108,6 +111,7 @@ impl fmt::Display for Error {
             ),
             Self::Connect(error) => error.fmt(f),
             Self::Driver(error) => error.fmt(f),
+            #[cfg(feature = "heartbeat")]
             Self::DriverInC(status) => write!(f, "the heartbeat driver does not start: {status}"),
             Self::NotOffered { device, offers } => write!(
                 f,
@@ -133,6 +137,7 @@ struct Bus {
     shutdown: Shutdown,
     time_sync: TimeSync,
     /// The one in C.
+    #[cfg(feature = "heartbeat")]
     heartbeat: Heartbeat,
     work: WorkItem,
     /// A message for which the stack had no room: the next one waits in its slot.
@@ -161,6 +166,7 @@ impl Bus {
                 offers.iter().any(|info| info.offer.interface == interface)
             });
         }
+        #[cfg(feature = "heartbeat")]
         self.heartbeat.attend();
     }
 }
@@ -185,6 +191,7 @@ pub(crate) async fn start(requires: &'static [Device]) -> Result<Machine, Error>
     let shutdown = Shutdown::new(vmbus.client()).map_err(Error::Driver)?;
     let wall_clock = Arc::new(WallClock::new());
     let time_sync = TimeSync::new(vmbus.client(), wall_clock).map_err(Error::Driver)?;
+    #[cfg(feature = "heartbeat")]
     let heartbeat = Heartbeat::start(vmbus.client()).map_err(Error::DriverInC)?;
     let work = work::register("vmbus", run_work);
     partition.work.call_once(|| work);
@@ -193,6 +200,7 @@ pub(crate) async fn start(requires: &'static [Device]) -> Result<Machine, Error>
         balloon,
         shutdown,
         time_sync,
+        #[cfg(feature = "heartbeat")]
         heartbeat,
         work,
         held: Lock::new(None),
