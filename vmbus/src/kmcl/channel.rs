@@ -197,6 +197,8 @@ pub(crate) struct Shared {
     pub(super) caller: Runner,
     /// Who runs a batch at PASSIVE.
     pub(super) batch_runner: Runner,
+    /// Who has the rings at PASSIVE, in raw mode.
+    pub(super) rings_runner: Runner,
 
     /// The channel's number while it is bound to an offer, else 0.
     id: AtomicU32,
@@ -244,6 +246,7 @@ impl Shared {
             request_at: AtomicU64::new(u64::MAX),
             caller: Runner::default(),
             batch_runner: Runner::default(),
+            rings_runner: Runner::default(),
             id: AtomicU32::new(0),
             connection: AtomicU32::new(0),
             state: AtomicU8::new(State::Disabled as u8),
@@ -414,9 +417,10 @@ impl Channel {
             && self.0.client.hypervisor.current_level() == Level::Passive
     }
 
-    /// Whether a batch of the channel at PASSIVE called this code.
+    /// Whether this code was called, at PASSIVE, by a batch of the channel or by somebody who has its rings.
     pub(super) fn is_processing_below(&self) -> bool {
-        self.0.batch_runner.is(self.0.this_vp())
+        let me = self.0.this_vp();
+        self.0.batch_runner.is(me) || self.0.rings_runner.is(me)
     }
 
     /// Where the channel stands.

@@ -96,7 +96,7 @@ impl<'a> RawPacket<'a> {
 
 impl Channel {
     /// Gives the rings of a channel in raw mode to `work`, and [publishes](RawRings::publish) afterwards what it has done. At
-    /// DISPATCH or PASSIVE, from the started callback on until the closed callback.
+    /// DISPATCH or PASSIVE, after the first started callback until the closed callback.
     ///
     /// Nobody waits: one at a time has the rings. Keep the work short, and do not call this inside it.
     ///
@@ -111,6 +111,7 @@ impl Channel {
         if shared.config.callbacks.on_signal.is_none() {
             return Err(RawError::NotRaw);
         }
+        let level = shared.client.hypervisor.current_level();
         let taken = shared.receive.enter(|side| {
             if shared.delivery.get() == Delivery::Off {
                 return Err(RawError::NotOpen);
@@ -121,7 +122,7 @@ impl Channel {
                 reader,
                 writer,
             };
-            let result = work(&mut rings);
+            let result = shared.as_runner(&shared.rings_runner, level, || work(&mut rings));
             rings.publish()?;
             result
         });

@@ -248,11 +248,20 @@ impl Runner {
 impl Shared {
     /// Runs a batch, and remembers meanwhile who does. Code at DISPATCH may not wait anyway.
     pub(super) fn in_batch<R>(&self, level: Level, batch: impl FnOnce() -> R) -> R {
+        self.as_runner(&self.batch_runner, level, batch)
+    }
+
+    /// Runs code that the channel cannot make a step below, as `runner`.
+    pub(super) fn as_runner<R>(
+        &self,
+        runner: &Runner,
+        level: Level,
+        code: impl FnOnce() -> R,
+    ) -> R {
         if level == Level::Dispatch {
-            return batch();
+            return code();
         }
-        let vp = self.client.hypervisor.current_vp();
-        let result = self.batch_runner.during(vp, batch);
+        let result = runner.during(self.client.hypervisor.current_vp(), code);
         self.catch_up();
         result
     }

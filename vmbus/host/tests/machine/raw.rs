@@ -298,3 +298,27 @@ fn a_failed_raw_channel_tells_its_driver_why() {
     let reason = ChannelError::Ring(RingError::ProducerOffset(9));
     assert_eq!(*reasons.lock().unwrap(), [reason]);
 }
+
+#[test]
+fn a_channel_does_not_leave_while_its_driver_has_the_rings() {
+    let (builder, _) = raw(|_| {});
+    let (vm, _, channel) = open(&builder);
+    let client = vm.vmbus.client();
+    channel
+        .channel()
+        .raw(|rings| {
+            vm.vmbus.begin_unload();
+            // Whoever waits here serves the stack.
+            let seen = client.changes();
+            client.notify();
+            client.block_on(client.changed(seen)).unwrap();
+            vm.machine.settle();
+            assert_eq!(channel.channel().state(), State::Active);
+            rings.peek().map(drop)
+        })
+        .unwrap();
+    vm.machine.settle();
+    assert_eq!(channel.channel().state(), State::Disabled);
+    assert_eq!(vm.machine.shared_runs(), 0);
+    vm.assert_well_behaved();
+}
