@@ -46,7 +46,7 @@ pub trait Hypervisor: Send + Sync {
     }
 
     /// Sleeps until an interrupt has been handled, or until reference time `until`. Returns at once when work has been
-    /// [requested](Self::request_work) since the last call. Called at PASSIVE, by code that
+    /// [requested](Self::request_work), by whichever VP, since the last call; a request wakes the sleeper too. Called at PASSIVE, by code that
     /// waits and serves the stack meanwhile.
     fn wait_for_interrupt(&self, until: Option<u64>);
 

@@ -94,7 +94,7 @@ impl SharedPages {
         let start = NonNull::new(unsafe { alloc::alloc::alloc_zeroed(layout) })?;
         let release = |start: NonNull<u8>, _: PageNumber, count: usize| {
             if let Some(layout) = heap_layout(count) {
-                // SAFETY: allocated below with the same layout.
+                // SAFETY: allocated above with the same layout.
                 unsafe { alloc::alloc::dealloc(start.as_ptr(), layout) };
             }
         };

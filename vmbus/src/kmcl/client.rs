@@ -198,7 +198,9 @@ impl Inner {
 
     /// The host touches nothing any more. At PASSIVE.
     pub(crate) fn release_kept(&self) {
-        self.kept.lock().clear();
+        let kept = core::mem::take(&mut *self.kept.lock());
+        // Owners of the driver's are dropped while no lock is held.
+        drop(kept);
     }
 
     /// Ready when `look` says so; it is asked again after each change.

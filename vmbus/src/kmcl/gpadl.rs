@@ -107,6 +107,7 @@ impl Channel {
         access: GpadlAccess,
     ) -> Result<CreateGpadl, GpadlError> {
         let shared = self.shared();
+        // Before the shape of the memory is looked at.
         if shared.lifecycle.lock().open_channel().is_none() {
             return Err(GpadlError::NotNow(self.state()));
         }
@@ -124,7 +125,14 @@ impl Channel {
             memory: Mutex::new(Some(source)),
             access,
         });
+        // Under the lock: one that is lined up after the closing would stay there.
+        let lifecycle = shared.lifecycle.lock();
+        if lifecycle.open_channel().is_none() {
+            drop(lifecycle);
+            return Err(GpadlError::NotNow(self.state()));
+        }
         shared.gpadls.entries.lock().push(entry.clone());
+        drop(lifecycle);
         shared.client.request_attention();
         Ok(CreateGpadl {
             gpadl: Some(Gpadl {
@@ -410,10 +418,12 @@ impl Gpadls {
     /// The host knows nothing of it any more.
     fn forget(&self, entry: &Arc<Entry>) {
         entry.set_step(Step::Gone);
-        entry.memory.lock().take();
+        let memory = entry.memory.lock().take();
         self.entries
             .lock()
             .retain(|other| !Arc::ptr_eq(other, entry));
+        // An owner of the driver's is dropped while no lock is held.
+        drop(memory);
     }
 
     fn fail(&self, entry: &Arc<Entry>, error: GpadlError) {

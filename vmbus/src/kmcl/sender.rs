@@ -37,7 +37,7 @@ pub(super) enum Gate {
     Queue,
     /// They go to the ring.
     Open,
-    /// Ending: only completions of received packets are still written.
+    /// Stopping: no packet is taken any more. Those that wait, and completions of received packets, are still written.
     CompletionsOnly,
     /// Closed: packets are lined up again, though for nothing, because they fail when all is over. Nobody may wait for one.
     Closed,
