@@ -10,8 +10,8 @@ use crate::workspace::Workspace;
 /// The profile of Cargo.toml in which the simulation is built.
 pub const PROFILE: &str = "sim";
 
-/// Steps of the fresh seed in the test run; the fixed seeds take a million.
-const FRESH_STEPS: u64 = 200_000;
+/// Steps of the fresh seed in the test run; the fixed seeds take a million, too.
+const FRESH_STEPS: u64 = 1_000_000;
 
 /// Options of `sim`.
 #[derive(Debug, Args)]

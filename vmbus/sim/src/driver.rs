@@ -190,7 +190,7 @@ pub struct Driver {
     gpadls: Vec<Gpadl>,
     /// The driver wants nothing to flow.
     paused: bool,
-    /// It wanted that when the channel was about to end: that may be forgotten with the channel, or not.
+    /// It changed its mind when the channel was about to end: that may be forgotten with the channel, or not.
     unsure: bool,
     /// Channels built so far.
     life: u64,
@@ -508,11 +508,12 @@ impl World {
         let Some(channel) = self.channel(device).filter(|_| paused) else {
             return false;
         };
+        let ending = matches!(channel.state(), State::Disabled | State::Closing);
         let before = self.device(device, |device| {
             let driver = &mut device.driver;
             (
                 std::mem::replace(&mut driver.paused, false),
-                std::mem::replace(&mut driver.unsure, false),
+                std::mem::replace(&mut driver.unsure, ending),
             )
         });
         if channel.start().is_err() {
@@ -720,8 +721,8 @@ impl World {
                 drop(there);
             }
             RequestError::Send(SendFailure::Ring(error)) => {
-                let lawful = self.device(device, |device| device.host.lawful);
-                assert!(!lawful, "{error} for no reason");
+                let spoilt = self.device(device, |device| device.host.spoilt);
+                assert!(spoilt, "{error} for no reason");
             }
             other => panic!("request {number} fails: {other}"),
         }
