@@ -301,6 +301,7 @@ enum Act {
     Disable,
     Enable,
     Request,
+    Synchronous,
     Try,
     GiveUp,
     Pause,
@@ -345,6 +346,7 @@ impl World {
                 (1, Act::Disable),
                 (20 * passive, Act::Enable),
                 (15, Act::Request),
+                (2 * passive, Act::Synchronous),
                 (6, Act::Try),
                 (3, Act::GiveUp),
                 (2, Act::Pause),
@@ -370,6 +372,7 @@ impl World {
             }
             Act::Enable => self.enable(device),
             Act::Request => self.request(device),
+            Act::Synchronous => self.send_synchronously(device),
             Act::Try => self.try_send(device),
             Act::GiveUp => self.give_up(device),
             Act::Pause => self.pause(device),
@@ -613,6 +616,51 @@ impl World {
         true
     }
 
+    /// A request whose sender waits at PASSIVE and serves the stack meanwhile.
+    fn send_synchronously(&self, device: usize) -> bool {
+        let one_way = self.device(device, |device| device.driver.config.one_way);
+        let Some(channel) = self.channel(device).filter(|_| !one_way) else {
+            return false;
+        };
+        let (words, time) = self.dice(|dice| (length(dice), dice.between(1, 100_000)));
+        let until = self.now() + time;
+        let number = self.begin_send(device, Kind::Request, None, until);
+        self.note(Some(device), "synchronous request", number);
+        let mut answer = [0; LONGEST];
+        let result = channel.send_synchronous_request(
+            &data(device as u64, number, words),
+            ExternalData::new(),
+            Timeout::At(until),
+            &mut answer,
+        );
+        self.accepted(device, number);
+        match result {
+            Ok(length) => {
+                let (spoilt, answered) = self.device(device, |device| {
+                    (device.host.spoilt, device.host.answered.contains(&number))
+                });
+                if !spoilt {
+                    assert!(
+                        answered,
+                        "request {number} ends, and the host has not answered it"
+                    );
+                    assert_eq!(
+                        answer.get(..length),
+                        Some(&*data(0xA, number, length / 8)),
+                        "the answer is request {number}'s own"
+                    );
+                }
+                self.note(Some(device), "answered at once", number);
+            }
+            Err(RequestError::AnswerTooLong { .. }) => {
+                let spoilt = self.device(device, |device| device.host.spoilt);
+                assert!(spoilt, "no host answers at such length");
+            }
+            Err(error) => self.request_failed(device, number, until, error),
+        }
+        true
+    }
+
     /// Gives a request up.
     fn give_up(&self, device: usize) -> bool {
         let request = self.device(device, |device| {
@@ -703,6 +751,12 @@ impl World {
             }
             Err(error) => error,
         };
+        self.request_failed(device, number, until, error);
+    }
+
+    /// Looks whether a request may end like this.
+    fn request_failed(&self, device: usize, number: u64, until: u64, error: RequestError) {
+        self.note(Some(device), "failed", number);
         self.device(device, |device| {
             if let Some(entry) = device.driver.entry(number) {
                 entry.given_up = true;
@@ -717,8 +771,7 @@ impl World {
             RequestError::NotQueued
             | RequestError::Allocate(_)
             | RequestError::Send(SendFailure::NotOpen) => {
-                let there = self.take_back(device, number);
-                drop(there);
+                self.take_back(device, number);
             }
             RequestError::Send(SendFailure::Ring(error)) => {
                 let spoilt = self.device(device, |device| device.host.spoilt);

@@ -446,10 +446,39 @@ impl World {
         self.with(|state| state.dead)
     }
 
-    /// The guest waits at PASSIVE.
+    /// The guest waits at PASSIVE: other things happen until it has something to do, or its time is over.
     fn asleep(&self, until: Option<u64>) {
-        let _ = until;
-        panic!("nothing in this simulation waits yet");
+        for _ in 0..20 {
+            if self.machine.work_waits() || until.is_some_and(|until| until <= self.now()) {
+                return;
+            }
+            let (act, device) = self.with(|state| {
+                let acts = [
+                    (10, Act::Interrupt),
+                    (10, Act::HostRuns),
+                    (10, Act::Message),
+                    (5, Act::Guest),
+                    (10, Act::Host),
+                ];
+                let count = state.devices.len();
+                (state.dice.pick(&acts), state.dice.below(count))
+            });
+            let done = self.deeper(|| match act {
+                Act::Guest => self
+                    .machine
+                    .at_dispatch(|| self.drive(device, Level::Dispatch)),
+                act => self.act(act, device),
+            });
+            if done {
+                self.count();
+            }
+        }
+        // Nothing else wakes it.
+        let now = self.now();
+        let time = until
+            .map_or(1000, |until| until.saturating_sub(now))
+            .clamp(1, 1000);
+        self.machine.pass(time);
     }
 
     fn interrupt(&self) -> bool {
