@@ -104,11 +104,21 @@ pub(super) struct Callbacks {
     pub(super) on_signal: Option<Arc<OnSignal>>,
 }
 
+/// The most packets of each direction that a channel can have at one time: there is a place for each from the beginning.
+pub const MAX_PACKETS: usize = 1 << 16;
+
 /// A setting that cannot work.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ConfigError {
     /// A size or count that must not be zero is zero.
     Zero(&'static str),
+    /// More packets at one time than a channel can have: [`MAX_PACKETS`].
+    TooManyPackets {
+        /// What asks for them.
+        what: &'static str,
+        /// How many.
+        count: usize,
+    },
     /// In raw mode the library processes no packets, so there are no callbacks for them, and no pipe headers.
     Raw,
     /// A share of processor time that is not from 1 to 100 percent.
@@ -135,6 +145,12 @@ impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Zero(what) => write!(f, "the {what} must not be zero"),
+            Self::TooManyPackets { what, count } => {
+                write!(
+                    f,
+                    "a {what} of {count}, where channels have {MAX_PACKETS} at most"
+                )
+            }
             Self::Raw => {
                 f.write_str("a channel in raw mode has no packet callbacks and no pipe mode")
             }
@@ -473,6 +489,14 @@ impl ChannelBuilder {
         ] {
             if value == 0 {
                 return Err(ConfigError::Zero(what));
+            }
+        }
+        for (count, what) in [
+            (self.maximum_packet_count, "maximum packet count"),
+            (self.transaction_quota as usize, "transaction quota"),
+        ] {
+            if count > MAX_PACKETS {
+                return Err(ConfigError::TooManyPackets { what, count });
             }
         }
         let callbacks = &self.callbacks;

@@ -30,7 +30,7 @@ mod slots;
 mod trace;
 
 pub use blocking::WouldBlock;
-pub use builder::{ChannelBuilder, ChannelDriver, ConfigError};
+pub use builder::{ChannelBuilder, ChannelDriver, ConfigError, MAX_PACKETS};
 pub use channel::{
     Channel, DisabledChannel, EnableError, EnabledChannel, MmioSpace, Paused, State, StateError,
 };

@@ -390,6 +390,16 @@ fn impossible_settings_are_refused() {
         enable(new().transaction_quota(0)),
         ConfigError::Zero("transaction quota")
     );
+    for (builder, what) in [
+        (new().transaction_quota(u32::MAX), "transaction quota"),
+        (
+            new().maximum_packet_count(u32::MAX as usize),
+            "maximum packet count",
+        ),
+    ] {
+        let count = u32::MAX as usize;
+        assert_eq!(enable(builder), ConfigError::TooManyPackets { what, count });
+    }
     assert_eq!(
         enable(new().ring_pages(0, 1)),
         ConfigError::Zero("incoming ring page count")

@@ -21,7 +21,7 @@ use super::types::{PDEVICE_OBJECT, VMBCHANNEL};
 use super::{events, incoming, outgoing};
 use crate::kmcl::{
     Channel, ChannelBuilder, Client, ConfigError, DisabledChannel, EnableError, EnabledChannel,
-    Guid, Level, State, VpIndex,
+    Guid, Level, MAX_PACKETS, State, VpIndex,
 };
 
 /// The slot has a channel object.
@@ -401,7 +401,8 @@ impl Stage {
         }
         match object.quota.load(Ordering::Relaxed) {
             0 => {}
-            quota => builder = builder.transaction_quota(quota),
+            // "No limit" is what a driver means by more than there can be.
+            quota => builder = builder.transaction_quota(quota.min(MAX_PACKETS as u32)),
         }
         match object.cpu_usage.load(Ordering::Relaxed) {
             0 => {}
