@@ -194,6 +194,8 @@ pub struct Driver {
     unsure: bool,
     /// Channels built so far.
     life: u64,
+    /// The opening that is over for the driver: its host may not know yet, and read what was left in the ring.
+    over: u64,
     phase: Phase,
     pub excuses: Excuses,
     /// Those of the times before it was enabled last: a request may be looked at late.
@@ -235,6 +237,7 @@ impl Driver {
             paused: false,
             unsure: false,
             life: 0,
+            over: 0,
             phase: Phase::Disabled,
             excuses: Excuses::default(),
             past: Excuses::default(),
@@ -1309,6 +1312,9 @@ impl World {
             let left = state.excuses.left;
             let device = &mut state.devices[device];
             let (excuses, lawful) = (device.driver.excuses, device.host.lawful);
+            if device.driver.over == device.host.epoch {
+                return;
+            }
             let order = &mut device.driver.order;
             let Some(at) = order.iter().position(|entry| entry.number == number) else {
                 panic!(
@@ -1397,8 +1403,11 @@ impl World {
     }
 
     fn check_failure(&self, device: usize, number: u64, error: PacketError) {
+        // A host that does not know of the channel's end yet may read it still.
         self.device(device, |device| {
-            device.driver.order.retain(|entry| entry.number != number);
+            if let Some(entry) = device.driver.entry(number) {
+                entry.given_up = true;
+            }
         });
         match error {
             PacketError::Removed(reason) => {
@@ -1502,6 +1511,7 @@ impl World {
                     });
                     assert!(
                         started
+                            || !self.is_quiet()
                             || matches!(state, State::Paused | State::Enabled | State::Disabled),
                         "paused, and {state}"
                     );
@@ -1604,6 +1614,7 @@ impl World {
             assert_eq!(driver.batch, 0, "processing-complete is owed");
             driver.phase = Phase::Disabled;
             driver.order.clear();
+            driver.over = device.host.epoch;
             driver.paused = driver.config.paused;
         });
     }

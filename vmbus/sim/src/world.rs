@@ -24,7 +24,8 @@ pub const SECOND: u64 = 10_000_000;
 const DEPTH: u32 = 3;
 
 /// What a host finds wrong with messages that were on their way when it took the channel back.
-const CROSSED: [&str; 4] = [
+const CROSSED: [&str; 5] = [
+    "no such channel",
     "no such GPADL is incomplete",
     "OPEN for a rescinded channel",
     "GPADL for a rescinded channel",
@@ -35,7 +36,11 @@ const CROSSED: [&str; 4] = [
 const TOO_LATE: [&str; 2] = ["no such GPADL", "the channel is not open"];
 
 /// What a host finds wrong with messages that were on their way when the guest made contact anew.
-const LEFT: [&str; 2] = ["not connected", "no such GPADL is incomplete"];
+const LEFT: [&str; 3] = [
+    "not connected",
+    "no such channel",
+    "no such GPADL is incomplete",
+];
 
 /// What may go wrong with messages in a round.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
