@@ -10,9 +10,6 @@ use crate::workspace::Workspace;
 /// The profile of Cargo.toml in which the simulation is built.
 pub const PROFILE: &str = "sim";
 
-/// Steps of the fresh seed in the test run; the fixed seeds take a million, too.
-const FRESH_STEPS: u64 = 1_000_000;
-
 /// Options of `sim`.
 #[derive(Debug, Args)]
 pub struct Options {
@@ -42,14 +39,6 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
-}
-
-/// Runs a seed that nobody has run before; prints which one. Counts passed and failed.
-pub fn fresh(workspace: &Workspace) -> Result<(u32, u32)> {
-    let status = command(workspace, FRESH_STEPS)
-        .status()
-        .context("cannot start cargo")?;
-    Ok(if status.success() { (1, 0) } else { (0, 1) })
 }
 
 fn command(workspace: &Workspace, steps: u64) -> Command {

@@ -192,6 +192,8 @@ pub struct Driver {
     paused: bool,
     /// It changed its mind when the channel was about to end: that may be forgotten with the channel, or not.
     unsure: bool,
+    /// How often the channel took its wish to pause or to start.
+    wishes: u64,
     /// Channels built so far.
     life: u64,
     /// The opening that is over for the driver: its host may not know yet, and read what was left in the ring.
@@ -236,6 +238,7 @@ impl Driver {
             gpadls: Vec::new(),
             paused: false,
             unsure: false,
+            wishes: 0,
             life: 0,
             over: 0,
             phase: Phase::Disabled,
@@ -493,13 +496,17 @@ impl World {
             return false;
         };
         let ending = matches!(channel.state(), State::Disabled | State::Closing);
-        let before = self.device(device, |device| {
+        let (before, wishes) = self.device(device, |device| {
             let driver = &mut device.driver;
             driver.unsure |= ending;
-            std::mem::replace(&mut driver.paused, true)
+            let before = std::mem::replace(&mut driver.paused, true);
+            (before, driver.wishes)
         });
-        let Ok(paused) = channel.pause() else {
-            self.device(device, |device| device.driver.paused = before);
+        let answer = channel.pause();
+        self.wished(device, wishes, answer.is_ok(), |driver| {
+            driver.paused = before;
+        });
+        let Ok(paused) = answer else {
             return false;
         };
         self.note(Some(device), "pause", 0);
@@ -515,21 +522,40 @@ impl World {
             return false;
         };
         let ending = matches!(channel.state(), State::Disabled | State::Closing);
-        let before = self.device(device, |device| {
+        let (before, wishes) = self.device(device, |device| {
             let driver = &mut device.driver;
-            (
+            let before = (
                 std::mem::replace(&mut driver.paused, false),
                 std::mem::replace(&mut driver.unsure, ending),
-            )
+            );
+            (before, driver.wishes)
         });
-        if channel.start().is_err() {
-            self.device(device, |device| {
-                (device.driver.paused, device.driver.unsure) = before;
-            });
+        let started = channel.start().is_ok();
+        self.wished(device, wishes, started, |driver| {
+            (driver.paused, driver.unsure) = before;
+        });
+        if !started {
             return false;
         }
         self.note(Some(device), "start", 0);
         true
+    }
+
+    /// Writes down that the channel took a wish to pause or start, or takes back what was written down of one that it refused.
+    /// An interrupt in the middle of the call may have wished otherwise: then the last word is not known, or its own.
+    fn wished(&self, device: usize, wishes: u64, taken: bool, undo: impl FnOnce(&mut Driver)) {
+        self.device(device, |device| {
+            let driver = &mut device.driver;
+            let alone = driver.wishes == wishes;
+            match taken {
+                true => {
+                    driver.wishes += 1;
+                    driver.unsure |= !alone;
+                }
+                false if alone => undo(driver),
+                false => {}
+            }
+        });
     }
 
     fn create_gpadl(&self, device: usize, level: Level) -> bool {

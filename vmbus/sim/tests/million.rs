@@ -1,4 +1,4 @@
-//! A million steps, of seeds that are always the same. `cargo xtask test` adds a fresh one.
+//! A million steps, of seeds that are always the same. `cargo xtask sim` takes a fresh one.
 
 use vmbus_sim::run;
 

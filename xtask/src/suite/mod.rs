@@ -180,7 +180,6 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         let optimised = ["--profile", sim::PROFILE];
         let done = unit_tests(&workspace, "vmbus-sim", &optimised, &[])?;
         count.unit(done, "vmbus-sim");
-        count.unit(sim::fresh(&workspace)?, "vmbus-sim with a fresh seed");
     }
     if options.filter.is_none() {
         count.unit(corpus_tests(&workspace)?, "vmbus-fuzz");
