@@ -1,8 +1,8 @@
 //! `cargo xtask miri`: the tests of the unsafe code, interpreted.
 //!
 //! Miri is a hundred times slower than the processor, so the runs below are chosen: every way into `vmbus/src/shared.rs`,
-//! which is all of the stack's unsafe code outside of the C table, from the accesses themselves up to whole channels. Tests
-//! that only repeat these accesses many times (long property tests, most tests of channels) are left to the processor.
+//! from the accesses themselves up to whole channels, and the C table with what it hands out by pointer: packets, memory, contexts
+//! and answers. Tests that only repeat these accesses many times (long property tests, most tests of channels) are left to the processor.
 
 use std::{
     process::{Command, ExitCode},
@@ -35,7 +35,7 @@ struct Run {
     flags: &'static str,
 }
 
-const RUNS: [Run; 2] = [
+const RUNS: [Run; 3] = [
     Run {
         name: "shared memory and rings",
         what: &["--package", "vmbus", "--lib"],
@@ -64,6 +64,18 @@ const RUNS: [Run; 2] = [
             "a_failed_packet_is_consumed_without_a_completion_and_delivery_stops",
         ],
         // The tests' machine and its guest own each other to the end.
+        flags: " -Zmiri-ignore-leaks",
+    },
+    Run {
+        name: "C table",
+        what: &["--package", "vmbus-host", "--test", "abi"],
+        tests: &[
+            "it_sets_both_callbacks_and_returns_success_on_a_disabled_channel",
+            "a_kept_packet_is_completed_once_and_its_handle_is_good_until_then",
+            "a_packet_in_the_drivers_own_memory_needs_a_routine_and_is_never_freed",
+            "gpadls_are_made_from_the_opened_callback_on_and_deleted",
+            "the_answer_is_copied_and_its_length_told",
+        ],
         flags: " -Zmiri-ignore-leaks",
     },
 ];

@@ -2,6 +2,7 @@
 
 use std::ffi::c_void;
 use std::ptr;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
@@ -55,7 +56,7 @@ pub struct Caller {
     pub vm: Vm,
     pub device: Device,
     pub table: KMCL_CLIENT_INTERFACE_V5,
-    pub book: Box<Book>,
+    pub book: Rc<Book>,
     pub channel: VMBCHANNEL,
 }
 
@@ -271,7 +272,7 @@ impl Caller {
         let mut channel = VMBCHANNEL::NULL;
         let status = unsafe { (table.VmbChannelAllocate)(device.handle(), 0, &mut channel) };
         assert_eq!(status, STATUS_SUCCESS);
-        let book = Box::new(Book {
+        let book = Rc::new(Book {
             calls: Mutex::default(),
             kept: Mutex::default(),
             then: Mutex::new(Then::Complete),
