@@ -698,7 +698,8 @@ impl World {
         self.machine.set_free_pages(4096);
         // Longer than any of the guest's time-outs.
         let horizon = self.now() + 100 * SECOND;
-        for _ in 0..200_000 {
+        // A full ring whose reader neither reads nor signals room is looked at each millisecond.
+        for _ in 0..1_000_000 {
             let mut busy = self.machine.step_host();
             while self.machine.step_message() {
                 busy = true;

@@ -125,7 +125,8 @@ impl Symboliser {
                     .function
                     .and_then(|function| Some(tidy(&function.demangle().ok()?)));
                 let place = frame.location.and_then(|location| {
-                    Some(format!("{}:{}", location.file?, location.line.unwrap_or(0)))
+                    let (file, line) = (location.file?, location.line.unwrap_or(0));
+                    Some(format!("{}:{line}", in_workspace(file)))
                 });
                 match (name, place) {
                     (Some(name), Some(place)) => lines.push(format!("{name} at {place}")),
@@ -143,6 +144,15 @@ impl Symboliser {
     fn has(&self, address: u64) -> bool {
         self.code.iter().any(|range| range.contains(&address))
     }
+}
+
+/// The path of a source file from the top of the work tree, if it lies there.
+fn in_workspace(file: &str) -> &str {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .and_then(|root| Path::new(file).strip_prefix(root).ok())
+        .and_then(Path::to_str)
+        .unwrap_or(file)
 }
 
 fn demangle(name: &str) -> String {
