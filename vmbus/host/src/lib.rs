@@ -11,6 +11,7 @@ extern crate alloc;
 
 pub mod bus;
 pub mod channel;
+pub mod disk;
 pub mod dynamic_memory;
 pub mod integration;
 pub mod machine;
