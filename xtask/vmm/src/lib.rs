@@ -1,0 +1,5 @@
+//! The test machine: a small VMM on KVM whose VMs look like Generation 2 VMs of Hyper-V.
+
+#![deny(unsafe_code)]
+
+pub mod config;
