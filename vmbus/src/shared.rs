@@ -37,8 +37,18 @@ struct Run {
     start: NonNull<u8>,
     first: PageNumber,
     count: usize,
-    /// Gives the pages back to whoever they came from.
-    release: fn(start: NonNull<u8>, first: PageNumber, count: usize),
+    owner: Owner,
+}
+
+/// Who has the pages in the end.
+enum Owner {
+    /// This gives them back to whoever they came from.
+    Release(fn(start: NonNull<u8>, first: PageNumber, count: usize)),
+    /// They are a part of these.
+    Slice {
+        /// Never read: it keeps the memory.
+        _of: SharedPages,
+    },
 }
 
 // SAFETY: a run is plain memory that no reference points to; all accesses go through
@@ -49,7 +59,9 @@ unsafe impl Sync for Run {}
 
 impl Drop for Run {
     fn drop(&mut self) {
-        (self.release)(self.start, self.first, self.count);
+        if let Owner::Release(release) = self.owner {
+            release(self.start, self.first, self.count);
+        }
     }
 }
 
@@ -82,7 +94,7 @@ impl SharedPages {
             start,
             first,
             count,
-            release,
+            owner: Owner::Release(release),
         }))
     }
 
@@ -100,6 +112,27 @@ impl SharedPages {
         };
         // SAFETY: freshly allocated with page alignment; only `release` frees it.
         Some(unsafe { Self::from_raw(start, first, count, release) })
+    }
+
+    /// `count` of these pages, from page `index` on, as a run of their own that keeps all of them. `None` when there are
+    /// not that many.
+    pub fn slice(&self, index: usize, count: usize) -> Option<Self> {
+        let end = index.checked_add(count)?;
+        if end > self.page_count() {
+            return None;
+        }
+        let start = self.check(index * PAGE_SIZE, count * PAGE_SIZE).ok()?;
+        Some(Self(Arc::new(Run {
+            start: NonNull::new(start)?,
+            first: PageNumber(self.0.first.0.wrapping_add(index as u64)),
+            count,
+            owner: Owner::Slice { _of: self.clone() },
+        })))
+    }
+
+    /// Whether these pages are a part of others: nobody can tell by their handles who still uses them.
+    pub fn is_slice(&self) -> bool {
+        matches!(self.0.owner, Owner::Slice { .. })
     }
 
     /// Where the first page is mapped: for code that hands the memory to C. Nobody may make a reference to it.
@@ -339,6 +372,33 @@ mod tests {
         assert!(pages.atomic_u32(4092).is_ok());
         assert!(pages.atomic_u32(4094).is_err());
         assert!(pages.atomic_u64(4092).is_err());
+    }
+
+    #[test]
+    fn a_slice_is_a_part_of_the_same_memory_and_keeps_all_of_it() {
+        let pages = SharedPages::from_heap(PageNumber(7), 4).unwrap();
+        let slice = pages.slice(1, 2).unwrap();
+        assert_eq!(slice.first_page(), PageNumber(8));
+        assert_eq!((slice.page_count(), slice.is_slice()), (2, true));
+        assert!(!pages.is_slice());
+        pages.write(PAGE_SIZE, b"seen").unwrap();
+        let weak = pages.downgrade();
+        drop(pages);
+        let mut seen = [0; 4];
+        slice.read(0, &mut seen).unwrap();
+        assert_eq!(&seen, b"seen");
+        assert_eq!(slice.read(2 * PAGE_SIZE, &mut seen), Err(OutOfBounds));
+        assert!(weak.upgrade().is_some());
+        drop(slice);
+        assert!(weak.upgrade().is_none());
+    }
+
+    #[test]
+    fn a_slice_beyond_the_end_is_refused() {
+        let pages = SharedPages::from_heap(PageNumber(7), 4).unwrap();
+        assert!(pages.slice(4, 0).is_some());
+        assert!(pages.slice(3, 2).is_none());
+        assert!(pages.slice(usize::MAX, 2).is_none());
     }
 
     proptest! {

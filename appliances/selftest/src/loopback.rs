@@ -8,13 +8,13 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use embassy_time::{Duration, Timer};
 use enlit::println;
-use spin::Mutex;
 use vmbus::bus::Config;
 use vmbus::{ConnectionState, Vmbus};
 use vmbus_c::Heartbeat;
 use vmbus_host::bus::Profile;
 use vmbus_host::integration::{self, Heartbeat as Provider, Host, Service};
 use vmbus_host::machine::Machine;
+use vmbus_host::sync::Mutex;
 
 /// One second in units of 100 ns.
 const SECOND: u64 = 10_000_000;

@@ -31,7 +31,7 @@ const BEAT: u16 = 1;
 struct Setup {
     vm: Vm,
     id: Cell<ChannelId>,
-    service: Arc<spin::Mutex<Service<Provider>>>,
+    service: Arc<vmbus_host::sync::Mutex<Service<Provider>>>,
     driver: Heartbeat,
 }
 

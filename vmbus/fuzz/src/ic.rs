@@ -14,7 +14,8 @@ use vmbus::protocol::{Guid, interface};
 use vmbus::ring::{Outgoing, PacketBuffer};
 use vmbus_host::bus::{Device, Profile};
 use vmbus_host::integration::{ANSWER_FLAGS, Component, Heartbeat, Host, Service};
-use vmbus_host::machine::{Machine, Manual};
+use vmbus_host::machine::Machine;
+use vmbus_host::provider::Manual;
 
 use crate::guest::{SECOND, guest};
 use crate::steps;

@@ -13,7 +13,8 @@ use vmbus::protocol::Guid;
 use vmbus::ring::{Kind, Outgoing, PacketBuffer};
 use vmbus_host::bus::Device;
 use vmbus_host::channel::HostChannel;
-use vmbus_host::machine::{Machine, Manual};
+use vmbus_host::machine::Machine;
+use vmbus_host::provider::Manual;
 
 use crate::guest::{SECOND, guest};
 use crate::host::PROFILES;

@@ -9,7 +9,7 @@ use vmbus::ring::{
 use vmbus::shared::SharedPages;
 
 use crate::bus::{Access, Gpadls, MapError, Opening};
-use crate::memory::{AccessError, GuestBuffer, GuestMemory, MappedGpadl};
+use crate::memory::{AccessError, GuestBuffer, GuestMemory, Lease, MappedGpadl};
 
 /// An open channel as the host sees it.
 #[derive(Debug)]
@@ -24,6 +24,7 @@ pub struct HostChannel {
     interrupt: bool,
     guest: GuestMemory,
     gpadls: Gpadls,
+    lease: Lease,
     last_transaction: u64,
 }
 
@@ -55,6 +56,7 @@ impl HostChannel {
             interrupt: false,
             guest: GuestMemory::default(),
             gpadls: Gpadls::default(),
+            lease: Lease::default(),
             last_transaction: 0,
         })
     }
@@ -84,7 +86,13 @@ impl HostChannel {
 
     /// The memory that a received packet lends (`VmbChannelPacketGetExternalData`).
     pub fn external_data(&self, packet: &PacketBuffer) -> Result<GuestBuffer, AccessError> {
-        self.guest.external_data(packet)
+        let data = self.guest.external_data(packet)?;
+        Ok(data.leased(&self.lease))
+    }
+
+    /// The memory that packets lend is out of reach from now on, also for other threads.
+    pub fn end_lease(&self) {
+        self.lease.end();
     }
 
     /// The ring memory: for tests that play a broken host.
@@ -93,9 +101,9 @@ impl HostChannel {
     }
 
     /// Whether anybody besides this end still holds the ring memory. While the channel or its GPADL exists, the
-    /// guest must.
+    /// guest must. Of a part of the guest's memory nobody can tell.
     pub fn guest_holds_memory(&self) -> bool {
-        self.memory.handle_count() > self.own_handles
+        self.memory.is_slice() || self.memory.handle_count() > self.own_handles
     }
 
     /// Sends one packet.

@@ -8,12 +8,18 @@
 #![forbid(unsafe_code)]
 
 extern crate alloc;
+#[cfg(feature = "std")]
+extern crate std;
 
 pub mod bus;
 pub mod channel;
 pub mod disk;
 pub mod dynamic_memory;
+pub mod host;
 pub mod integration;
 pub mod machine;
 pub mod memory;
 pub mod monitor;
+pub mod provider;
+pub mod sync;
+pub mod work;

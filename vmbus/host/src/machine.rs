@@ -1,6 +1,6 @@
 //! A machine in one process: a hypervisor and a host below a guest's VMBus stack.
 //!
-//! [`Machine`] implements [`Hypervisor`] over a bus [`Server`] and keeps time, interrupts and interrupt level of one VP. Nothing
+//! [`Machine`] implements [`Hypervisor`] over a [`Host`] and keeps time, interrupts and interrupt level of one VP. Nothing
 //! happens by itself: [`settle`](Machine::settle) lets both sides run until neither has anything to do, [`advance`](Machine::advance)
 //! moves the clock. An interrupt comes at once when the guest runs at PASSIVE, in the middle of whatever it
 //! does, and else when it lowers its level.
@@ -9,26 +9,29 @@
 //! the machine's steps one by one ([`step_host`](Machine::step_host) and the others).
 
 use alloc::boxed::Box;
-use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
+use alloc::collections::{BTreeMap, VecDeque};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 use core::num::NonZeroU16;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-use spin::{Mutex, Once};
+use spin::Once;
 use vmbus::Vmbus;
 use vmbus::hypervisor::{Hypervisor, Level, OutOfMemory, PostError};
-use vmbus::ids::{ChannelId, ConnectionId, GpadlHandle, PageNumber, VpIndex};
+use vmbus::ids::{ChannelId, ConnectionId, PageNumber, VpIndex};
 use vmbus::protocol::{Guid, Status};
 use vmbus::ring::{Outgoing, PacketBuffer};
 use vmbus::shared::SharedPages;
 
-use crate::bus::{Device, Event, HvStatus, Lent, Message, NO_INTERRUPTS, Opening, Profile, Server};
+use crate::bus::{Device, HvStatus, Message, NO_INTERRUPTS, Profile, Server};
 use crate::channel::HostChannel;
 use crate::dynamic_memory::DynamicMemory;
+use crate::host::Host;
 use crate::memory::GuestMemory;
 use crate::monitor::Watch;
+use crate::provider::Provider;
+use crate::sync::Mutex;
 
 /// The guest's end: what the hypervisor interrupts.
 pub trait Guest: Send + Sync {
@@ -60,22 +63,6 @@ impl Guest for Vmbus {
     }
 }
 
-/// What serves a channel at the host.
-pub trait Provider: Send {
-    /// The guest opens the channel.
-    fn opened(&mut self, _channel: &mut HostChannel) -> Status {
-        Status::SUCCESS
-    }
-    /// Something may be in the ring, or time has passed.
-    fn serve(&mut self, now: u64, channel: &mut HostChannel);
-    /// The channel is closed.
-    fn closed(&mut self) {}
-    /// When [`serve`](Self::serve) wants to be called without anything in the ring.
-    fn deadline(&self) -> Option<u64> {
-        None
-    }
-}
-
 /// Decides what happens in the middle of what the guest does. A machine that has one delivers nothing unasked.
 pub trait Interleave: Send + Sync {
     /// The guest calls the machine, at this level. At [`Level::Passive`] an interrupt may come now; at either level
@@ -84,14 +71,6 @@ pub trait Interleave: Send + Sync {
 
     /// The guest sleeps at PASSIVE until an interrupt has been handled, or until reference time `until`.
     fn asleep(&self, until: Option<u64>);
-}
-
-/// A provider that leaves its channel to the test.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Manual;
-
-impl Provider for Manual {
-    fn serve(&mut self, _now: u64, _channel: &mut HostChannel) {}
 }
 
 /// Dynamic memory behind a lock, so that a test can look at it while it serves.
@@ -131,6 +110,8 @@ impl Provider for SharedDynamicMemory {
 /// The machine.
 pub struct Machine {
     host: Mutex<Host>,
+    /// Pages that can still be shared.
+    free_pages: AtomicUsize,
     /// Interrupts that could not be delivered yet, and the VP that each is for.
     pending: Mutex<VecDeque<(ChannelId, VpIndex)>>,
     /// The VP that runs the guest's code.
@@ -151,48 +132,12 @@ pub struct Machine {
     mmio: Mutex<BTreeMap<Guid, u64>>,
 }
 
-/// The host's half.
-struct Host {
-    server: Server,
-    providers: BTreeMap<ChannelId, Box<dyn Provider>>,
-    open: BTreeMap<ChannelId, HostChannel>,
-    /// Closed channels whose GPADL the guest has not got back.
-    closing: Vec<HostChannel>,
-    memory: GuestMemory,
-    /// GPADLs that the guest has not got back.
-    lent: BTreeMap<GpadlHandle, Arc<Lent>>,
-    /// The host's eye on the guest's monitor page.
-    watch: Option<Watch>,
-    /// Channels that the guest has signalled.
-    signalled: BTreeSet<ChannelId>,
-    /// Signals that came through the monitor page.
-    monitored_signals: u64,
-    /// Pages that can still be shared.
-    free_pages: usize,
-    /// What the guest did that no guest may do.
-    complaints: Vec<&'static str>,
-    /// How the next channel that is opened is answered.
-    open_status: Status,
-}
-
 impl Machine {
     /// A machine with this kind of host.
     pub fn new(profile: Profile) -> Arc<Self> {
         Arc::new(Self {
-            host: Mutex::new(Host {
-                server: Server::new(profile),
-                providers: BTreeMap::new(),
-                open: BTreeMap::new(),
-                closing: Vec::new(),
-                memory: GuestMemory::default(),
-                lent: BTreeMap::new(),
-                watch: None,
-                monitored_signals: 0,
-                signalled: BTreeSet::new(),
-                free_pages: 4096,
-                complaints: Vec::new(),
-                open_status: Status::SUCCESS,
-            }),
+            host: Mutex::new(Host::new(profile, GuestMemory::default())),
+            free_pages: AtomicUsize::new(4096),
             pending: Mutex::new(VecDeque::new()),
             vp: AtomicU32::new(0),
             interrupted: Mutex::new(BTreeMap::new()),
@@ -258,7 +203,7 @@ impl Machine {
         };
         let now = self.time.load(Ordering::SeqCst);
         let waiting = self.message_slot.lock().take();
-        let next = waiting.or_else(|| self.host.lock().server.poll_message(now));
+        let next = waiting.or_else(|| self.host.lock().poll_message(now));
         let Some(message) = next else {
             return false;
         };
@@ -311,10 +256,7 @@ impl Machine {
 
     /// Offers a device, served by `provider`. `None` when no channel number is free.
     pub fn add(&self, device: Device, provider: impl Provider + 'static) -> Option<ChannelId> {
-        let mut host = self.host.lock();
-        let id = host.server.add(device)?;
-        host.providers.insert(id, Box::new(provider));
-        Some(id)
+        self.host.lock().add(device, provider)
     }
 
     /// Offers a further channel of the device that `primary` belongs to, served by `provider`, as a device does whose
@@ -325,31 +267,30 @@ impl Machine {
         index: NonZeroU16,
         provider: impl Provider + 'static,
     ) -> Option<ChannelId> {
-        let mut host = self.host.lock();
-        let id = host.server.add_sub_channel(primary, index)?;
-        host.providers.insert(id, Box::new(provider));
-        Some(id)
+        let provider = Box::new(provider);
+        self.host.lock().add_sub_channel(primary, index, provider)
     }
 
     /// Takes a device away, or one sub-channel of it. A host that closes its end does just this.
     pub fn rescind(&self, id: ChannelId) -> bool {
-        let mut host = self.host.lock();
-        let there = host.server.rescind(id);
-        // The host is done with the memory at once, and the guest need not wait until it says so.
-        host.lent.retain(|_, lent| !lent.is_revoked());
-        there
+        self.host.lock().rescind(id)
+    }
+
+    /// The host.
+    pub fn host<R>(&self, with: impl FnOnce(&mut Host) -> R) -> R {
+        with(&mut self.host.lock())
     }
 
     /// The bus server.
     pub fn server<R>(&self, with: impl FnOnce(&mut Server) -> R) -> R {
-        with(&mut self.host.lock().server)
+        with(self.host.lock().server())
     }
 
     /// The host's end of an open channel; interrupts that become due are delivered.
     pub fn channel<R>(&self, id: ChannelId, with: impl FnOnce(&mut HostChannel) -> R) -> Option<R> {
         let (result, interrupt) = {
             let mut host = self.host.lock();
-            let channel = host.open.get_mut(&id)?;
+            let channel = host.channel(id)?;
             let result = with(channel);
             (result, channel.take_interrupt())
         };
@@ -361,12 +302,8 @@ impl Machine {
 
     /// Sets a channel's event flag on its target VP, whatever the rings say: spurious and doubled interrupts.
     pub fn interrupt(&self, id: ChannelId) {
-        let vp = self
-            .host
-            .lock()
-            .open
-            .get(&id)
-            .map_or(VpIndex(0), |channel| channel.opening.target_vp);
+        let target = |channel: &mut HostChannel| channel.opening.target_vp;
+        let vp = self.host.lock().channel(id).map_or(VpIndex(0), target);
         self.interrupt_vp(id, vp);
     }
 
@@ -385,37 +322,37 @@ impl Machine {
 
     /// The guest's memory as the host reaches it.
     pub fn memory(&self) -> GuestMemory {
-        self.host.lock().memory.clone()
+        self.host.lock().memory().clone()
     }
 
     /// How the next channels that are opened are answered.
     pub fn set_open_status(&self, status: Status) {
-        self.host.lock().open_status = status;
+        self.host.lock().set_open_status(status);
     }
 
     /// How many pages the guest can still share.
     pub fn set_free_pages(&self, pages: usize) {
-        self.host.lock().free_pages = pages;
+        self.free_pages.store(pages, Ordering::SeqCst);
     }
 
     /// Has the provider of a channel look at it, as if the guest had signalled.
     pub fn wake_provider(&self, id: ChannelId) {
-        self.host.lock().signalled.insert(id);
+        self.host.lock().wake(id);
     }
 
     /// Whether a channel is open.
     pub fn is_open(&self, id: ChannelId) -> bool {
-        self.host.lock().open.contains_key(&id)
+        self.host.lock().is_open(id)
     }
 
     /// Runs of shared pages that the guest has not given back.
     pub fn shared_runs(&self) -> usize {
-        self.host.lock().memory.shared_runs()
+        self.host.lock().memory().shared_runs()
     }
 
     /// What the guest did that no guest may do: memory given back too early, messages that hosts drop.
     pub fn complaints(&self) -> Vec<&'static str> {
-        self.host.lock().complaints.clone()
+        self.host.lock().complaints()
     }
 
     /// Signals that the guest sent.
@@ -425,12 +362,12 @@ impl Machine {
 
     /// Signals of the guest that the host found in the monitor page.
     pub fn monitored_signals(&self) -> u64 {
-        self.host.lock().monitored_signals
+        self.host.lock().monitored_signals()
     }
 
     /// The host's eye on the guest's monitor page, if there is one.
     pub fn watch<R>(&self, with: impl FnOnce(&mut Watch) -> R) -> Option<R> {
-        self.host.lock().watch.as_mut().map(with)
+        self.host.lock().watch().map(with)
     }
 
     /// How often the guest asked for work.
@@ -503,17 +440,8 @@ impl Machine {
     /// When guest or host wants to do something without being asked.
     pub fn next_deadline(&self) -> Option<u64> {
         let guest = self.guest().and_then(|guest| guest.deadline());
-        let host = self.host.lock();
-        let providers = host.providers.iter();
-        let provider = providers
-            .filter(|(id, _)| host.open.contains_key(id))
-            .filter_map(|(_, provider)| provider.deadline())
-            .min();
-        let watch = host.watch.as_ref().and_then(Watch::deadline);
-        [guest, host.server.deadline(), provider, watch]
-            .into_iter()
-            .flatten()
-            .min()
+        let host = self.host.lock().deadline();
+        guest.into_iter().chain(host).min()
     }
 
     fn guest(&self) -> Option<Arc<dyn Guest>> {
@@ -536,7 +464,7 @@ impl Machine {
     }
 
     fn complain(&self, what: &'static str) {
-        self.host.lock().complaints.push(what);
+        self.host.lock().complain(what);
     }
 
     /// Delivers the interrupts that wait, if the guest's level allows it.
@@ -567,7 +495,7 @@ impl Machine {
             let now = self.time.load(Ordering::SeqCst);
             let mut slot = self.message_slot.lock();
             if slot.is_none() {
-                *slot = self.host.lock().server.poll_message(now);
+                *slot = self.host.lock().poll_message(now);
             }
             let Some(message) = slot.take() else {
                 return busy;
@@ -585,165 +513,11 @@ impl Machine {
 
     fn run_host(&self) -> bool {
         let now = self.time.load(Ordering::SeqCst);
-        let mut host = self.host.lock();
-        host.server.run(now);
-        let mut busy = false;
-        while let Some(event) = host.server.poll_event() {
-            busy = true;
-            host.handle(event);
-        }
-        busy |= host.look(now);
-        let mut interrupts = Vec::new();
-        let Host {
-            open,
-            providers,
-            signalled,
-            ..
-        } = &mut *host;
-        for (id, channel) in open.iter_mut() {
-            if let Some(provider) = providers.get_mut(id) {
-                let due = provider.deadline().is_some_and(|at| at <= now);
-                // A signal that the guest forgets leaves the provider asleep.
-                if signalled.remove(id) || due {
-                    busy = true;
-                    provider.serve(now, channel);
-                }
-            }
-            if let Some(vp) = channel.take_interrupt() {
-                interrupts.push((*id, vp));
-            }
-        }
-        drop(host);
-        for (id, vp) in interrupts {
-            busy = true;
+        let ran = self.host.lock().run(now);
+        for (id, vp) in ran.interrupts {
             self.interrupt_vp(id, vp);
         }
-        busy
-    }
-}
-
-impl Host {
-    fn handle(&mut self, event: Event) {
-        match event {
-            Event::Opening(opening) => self.open(opening),
-            Event::Closed(id) => {
-                if let Some(channel) = self.open.remove(&id) {
-                    self.check(&channel);
-                    self.closing.push(channel);
-                }
-                if let Some(provider) = self.providers.get_mut(&id) {
-                    provider.closed();
-                }
-            }
-            Event::GpadlTornDown(handle) => {
-                let (gone, rest): (Vec<_>, Vec<_>) = core::mem::take(&mut self.closing)
-                    .into_iter()
-                    .partition(|channel| channel.opening.ring == handle);
-                self.closing = rest;
-                gone.iter().for_each(|channel| self.check(channel));
-                // The guest does not close a channel that was taken away.
-                self.open
-                    .retain(|_, channel| channel.opening.ring != handle);
-                self.check_lent(handle);
-            }
-            Event::Disconnected => {
-                if let Some(watch) = self.watch.take()
-                    && watch.page().handle_count() == 1
-                {
-                    self.complaints
-                        .push("monitor pages were given back while the host had them");
-                }
-                let gone = core::mem::take(&mut self.closing);
-                gone.iter().for_each(|channel| self.check(channel));
-                let open = core::mem::take(&mut self.open);
-                open.values().for_each(|channel| self.check(channel));
-                let handles: Vec<_> = self.lent.keys().copied().collect();
-                handles
-                    .into_iter()
-                    .for_each(|handle| self.check_lent(handle));
-            }
-            Event::GpadlCreated(handle) => {
-                let lent = self.server.gpadls().get(handle);
-                if let Some(lent) = lent.filter(|lent| !lent.is_revoked()) {
-                    self.lent.insert(handle, lent);
-                }
-            }
-            Event::TargetVp { channel, target_vp } => {
-                if let Some(channel) = self.open.get_mut(&channel) {
-                    channel.opening.target_vp = target_vp;
-                }
-            }
-            Event::Dropped { reason, .. } => self.complaints.push(reason),
-            Event::Connected(_) => {
-                let pages = self.server.monitor_pages();
-                self.watch = pages.and_then(|pages| Watch::new(&self.memory, pages));
-                if pages.is_some() && self.watch.is_none() {
-                    self.complaints.push("the monitor pages are not shared");
-                }
-            }
-            Event::Released(_) => {}
-        }
-    }
-
-    /// Looks at the monitor page. Returns whether anything was there.
-    fn look(&mut self, now: u64) -> bool {
-        let bits = self.watch.as_mut().and_then(|watch| watch.poll(now).ok());
-        let bits = bits.unwrap_or_default();
-        for &bit in &bits {
-            self.monitored_signals += 1;
-            // A channel may have been closed since.
-            self.signalled.extend(self.server.monitored_channel(bit));
-        }
-        !bits.is_empty()
-    }
-
-    /// The guest cannot know yet that the host is done with the memory, so it must still have it.
-    fn check(&mut self, channel: &HostChannel) {
-        let lent = self.lent.contains_key(&channel.opening.ring);
-        if lent && !channel.guest_holds_memory() {
-            self.complaints
-                .push("ring memory was given back while the host had it");
-        }
-    }
-
-    /// The same for the memory of a GPADL, which the guest still lends at this moment.
-    fn check_lent(&mut self, handle: GpadlHandle) {
-        let Some(lent) = self.lent.remove(&handle) else {
-            return;
-        };
-        let pages = lent.ranges().iter().flat_map(|range| &range.pages);
-        if pages
-            .into_iter()
-            .any(|page| self.memory.was_given_back(*page))
-        {
-            self.complaints
-                .push("GPADL memory was given back while the host had it");
-        }
-    }
-
-    fn open(&mut self, opening: Opening) {
-        let id = opening.channel;
-        let first = opening.pages.first();
-        let memory = first.and_then(|first| self.memory.find(*first));
-        let memory = memory.filter(|(_, index)| *index == 0);
-        let channel = memory.and_then(|(memory, _)| HostChannel::new(opening, memory).ok());
-        let channel = channel.map(|channel| channel.reaching(&self.memory, self.server.gpadls()));
-        let status = match (channel, self.providers.get_mut(&id)) {
-            (Some(mut channel), Some(provider)) if self.open_status.is_success() => {
-                if let (Some(watch), Some(bit)) = (&self.watch, self.server.monitor_bit(id)) {
-                    let latency = self.server.profile().monitor_latency;
-                    let _ = watch.set_up(bit, self.server.event_connection(id), latency);
-                }
-                let status = provider.opened(&mut channel);
-                if status.is_success() {
-                    self.open.insert(id, channel);
-                }
-                status
-            }
-            (Some(_), _) => self.open_status,
-            _ => Status::UNSUCCESSFUL,
-        };
-        self.server.finish_open(id, status);
+        ran.busy
     }
 }
 
@@ -752,7 +526,7 @@ impl Hypervisor for Machine {
         self.called();
         let now = self.time.load(Ordering::SeqCst);
         for _ in 0..4 {
-            let status = self.host.lock().server.post(now, connection, payload);
+            let status = self.host.lock().post(now, connection, payload);
             match status {
                 HvStatus::SUCCESS => return Ok(()),
                 HvStatus::INVALID_CONNECTION_ID => return Err(PostError::InvalidConnection),
@@ -767,33 +541,18 @@ impl Hypervisor for Machine {
 
     fn signal_event(&self, connection: ConnectionId, flag: u16) {
         self.signals.fetch_add(1, Ordering::SeqCst);
-        let mut host = self.host.lock();
-        let target = host
-            .open
-            .keys()
-            .copied()
-            .find(|id| host.server.event_connection(*id) == connection);
-        match target {
-            Some(id) if flag == 0 => {
-                host.signalled.insert(id);
-            }
-            Some(_) => host.complaints.push("an event flag other than 0"),
-            // A rescinded channel may be signalled until the guest knows.
-            None => {}
-        }
-        drop(host);
+        self.host.lock().signal(connection, flag);
         self.called();
     }
 
     fn share_pages(&self, count: usize) -> Result<SharedPages, OutOfMemory> {
-        let host = self.host.lock();
-        if count > host.free_pages {
+        if count > self.free_pages.load(Ordering::SeqCst) {
             return Err(OutOfMemory { pages: count });
         }
         let first = self.next_page.fetch_add(count as u64 + 1, Ordering::SeqCst);
         let first = PageNumber(first);
         let pages = SharedPages::from_heap(first, count).ok_or(OutOfMemory { pages: count })?;
-        host.memory.add(&pages);
+        self.host.lock().memory().add(&pages);
         Ok(pages)
     }
 

@@ -5,26 +5,32 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
-use spin::Mutex;
 use vmbus::ids::{PAGE_SIZE, PageNumber};
 use vmbus::ring::PacketBuffer;
 use vmbus::shared::{SharedPages, WeakPages};
 
 use crate::bus::{Access, Mapped, Range};
+use crate::sync::{Mutex, RwLock};
 
 /// All pages that the guest has shared. Clones are the same.
-#[derive(Clone, Default, Debug)]
+#[derive(Clone, Default)]
 pub struct GuestMemory(Arc<Mutex<Runs>>);
 
-#[derive(Default, Debug)]
+/// Makes one run of pages that lie apart, by mapping them once more.
+pub trait Mapper: Send + Sync {
+    /// The pages in this order. `None` when one of them is not the guest's, or there is no room.
+    fn map(&self, pages: &[PageNumber]) -> Option<SharedPages>;
+}
+
+#[derive(Default)]
 struct Runs {
     /// Runs of pages by their first.
     runs: BTreeMap<PageNumber, Run>,
     /// How many runs lead to the next look for those that were given back.
     limit: usize,
+    mapper: Option<Arc<dyn Mapper>>,
 }
 
-#[derive(Debug)]
 struct Run {
     pages: WeakPages,
     count: usize,
@@ -42,7 +48,7 @@ pub enum AccessError {
     NotShared(PageNumber),
     /// The buffer is only to be read.
     ReadOnly,
-    /// The guest has got the memory back.
+    /// The guest has got the memory back, or its channel is gone.
     Revoked,
     /// The packet lends no memory.
     NoExternalData,
@@ -61,6 +67,12 @@ impl fmt::Display for AccessError {
 }
 
 impl core::error::Error for AccessError {}
+
+impl fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GuestMemory({} runs)", self.shared_runs())
+    }
+}
 
 impl GuestMemory {
     /// Adds pages that the guest shares from now until their last handle goes.
@@ -84,6 +96,31 @@ impl GuestMemory {
         let index = usize::try_from(page.0 - first.0).ok()?;
         let pages = run.pages.upgrade().filter(|_| index < run.count)?;
         Some((pages, index))
+    }
+
+    /// These pages as one run: a part of a run if they follow each other, else as the
+    /// [`Mapper`] puts them together. `None` when one is not shared or nobody can.
+    pub fn view(&self, pages: &[PageNumber]) -> Option<SharedPages> {
+        let (run, index) = self.find(*pages.first()?)?;
+        let mut follow = pages.windows(2).map(|pair| match pair {
+            [one, next] => one.0.checked_add(1) == Some(next.0),
+            _ => false,
+        });
+        if follow.all(|follows| follows) {
+            let whole = index == 0 && run.page_count() == pages.len();
+            return if whole {
+                Some(run)
+            } else {
+                run.slice(index, pages.len())
+            };
+        }
+        let mapper = self.0.lock().mapper.clone();
+        mapper?.map(pages)
+    }
+
+    /// Who makes one run of scattered pages from now on.
+    pub fn set_mapper(&self, mapper: Arc<dyn Mapper>) {
+        self.0.lock().mapper = Some(mapper);
     }
 
     /// How many runs the guest has not given back.
@@ -125,6 +162,30 @@ impl GuestMemory {
         GuestBuffer {
             memory: self.clone(),
             ranges,
+            lease: Lease::default(),
+        }
+    }
+}
+
+/// How long the guest lends memory: until its channel is closed or taken away. Clones are the same.
+#[derive(Clone, Default, Debug)]
+pub struct Lease(Arc<RwLock<Ended>>);
+
+/// Whether the time is over.
+type Ended = bool;
+
+impl Lease {
+    /// The time is over. Returns once nobody copies any more.
+    pub fn end(&self) {
+        *self.0.write() = true;
+    }
+
+    fn during<R>(&self, copy: impl FnOnce() -> Result<R, AccessError>) -> Result<R, AccessError> {
+        let ended = self.0.read();
+        if *ended {
+            Err(AccessError::Revoked)
+        } else {
+            copy()
         }
     }
 }
@@ -134,9 +195,19 @@ impl GuestMemory {
 pub struct GuestBuffer {
     memory: GuestMemory,
     ranges: Vec<Range>,
+    lease: Lease,
 }
 
 impl GuestBuffer {
+    /// The same memory, for as long as this lease runs.
+    #[must_use]
+    pub fn leased(self, lease: &Lease) -> Self {
+        Self {
+            lease: lease.clone(),
+            ..self
+        }
+    }
+
     /// The length in bytes.
     pub fn len(&self) -> usize {
         self.ranges
@@ -158,19 +229,23 @@ impl GuestBuffer {
     /// Copies bytes out, from `offset`. On an error some may have been copied.
     pub fn read(&self, offset: usize, bytes: &mut [u8]) -> Result<(), AccessError> {
         let length = bytes.len();
-        self.for_each_piece(offset, length, |done, pages, at, count| {
-            let piece = bytes.get_mut(done..done + count);
-            let piece = piece.ok_or(AccessError::OutOfBounds)?;
-            pages.read(at, piece).map_err(|_| AccessError::OutOfBounds)
+        self.lease.during(|| {
+            self.for_each_piece(offset, length, |done, pages, at, count| {
+                let piece = bytes.get_mut(done..done + count);
+                let piece = piece.ok_or(AccessError::OutOfBounds)?;
+                pages.read(at, piece).map_err(|_| AccessError::OutOfBounds)
+            })
         })
     }
 
     /// Copies bytes in, at `offset`. On an error some may have been copied.
     pub fn write(&self, offset: usize, bytes: &[u8]) -> Result<(), AccessError> {
-        self.for_each_piece(offset, bytes.len(), |done, pages, at, count| {
-            let piece = bytes.get(done..done + count);
-            let piece = piece.ok_or(AccessError::OutOfBounds)?;
-            pages.write(at, piece).map_err(|_| AccessError::OutOfBounds)
+        self.lease.during(|| {
+            self.for_each_piece(offset, bytes.len(), |done, pages, at, count| {
+                let piece = bytes.get(done..done + count);
+                let piece = piece.ok_or(AccessError::OutOfBounds)?;
+                pages.write(at, piece).map_err(|_| AccessError::OutOfBounds)
+            })
         })
     }
 
@@ -299,6 +374,46 @@ mod tests {
             buffer.read(usize::MAX, &mut part),
             Err(AccessError::OutOfBounds)
         );
+    }
+
+    #[test]
+    fn a_view_is_the_run_a_part_of_it_or_what_the_mapper_makes() {
+        struct Apart(SharedPages);
+        impl Mapper for Apart {
+            fn map(&self, pages: &[PageNumber]) -> Option<SharedPages> {
+                (pages == [PageNumber(12), PageNumber(10)]).then(|| self.0.clone())
+            }
+        }
+        let memory = GuestMemory::default();
+        let run = shared(&memory, 10, 3);
+        let view = |pages: &[u64]| {
+            let pages: Vec<_> = pages.iter().map(|page| PageNumber(*page)).collect();
+            memory.view(&pages)
+        };
+        assert!(!view(&[10, 11, 12]).unwrap().is_slice());
+        let part = view(&[11, 12]).unwrap();
+        assert_eq!((part.first_page(), part.page_count()), (PageNumber(11), 2));
+        assert!(part.is_slice());
+        assert!(view(&[]).is_none());
+        assert!(view(&[12, 13]).is_none());
+        assert!(view(&[12, 10]).is_none(), "nobody can map it");
+        memory.set_mapper(Arc::new(Apart(run)));
+        assert!(view(&[12, 10]).is_some());
+        assert!(view(&[10, 12]).is_none());
+    }
+
+    #[test]
+    fn nothing_is_copied_after_the_end_of_the_lease() {
+        let memory = GuestMemory::default();
+        let _pages = shared(&memory, 10, 1);
+        let lease = Lease::default();
+        let buffer = memory.buffer(alloc::vec![range(0, 8, &[10])]);
+        let buffer = buffer.leased(&lease);
+        let copy = buffer.clone();
+        assert_eq!(copy.write(0, b"before"), Ok(()));
+        lease.end();
+        assert_eq!(copy.write(0, b"after"), Err(AccessError::Revoked));
+        assert_eq!(buffer.to_vec(), Err(AccessError::Revoked));
     }
 
     #[test]

@@ -24,13 +24,12 @@ impl Watch {
     /// Begins to look at the guest's page. `None` when one of the pages is not shared.
     pub fn new(memory: &GuestMemory, pages: MonitorPages) -> Option<Self> {
         memory.find(pages.parent_to_child)?;
-        let (page, index) = memory.find(pages.child_to_parent)?;
+        let page = memory.view(&[pages.child_to_parent])?;
         let watch = Self {
             page,
             due: BTreeMap::new(),
         };
-        // A monitor page is one that the guest shared for nothing else.
-        (index == 0 && watch.enable((1 << GROUPS) - 1).is_ok()).then_some(watch)
+        watch.enable((1 << GROUPS) - 1).is_ok().then_some(watch)
     }
 
     /// Looks at these groups from now on, and at no others.

@@ -16,7 +16,8 @@ use vmbus::protocol::Guid;
 use vmbus::ring::{Outgoing, PacketBuffer};
 use vmbus_host::bus::{Device, Profile};
 use vmbus_host::channel::HostChannel;
-use vmbus_host::machine::{Machine, Manual};
+use vmbus_host::machine::Machine;
+use vmbus_host::provider::Manual;
 
 const INTERFACE: Guid = Guid::literal("11111111-2222-3333-4444-555555555555");
 

@@ -9,7 +9,7 @@ use vmbus::protocol::Status;
 use vmbus::ring::{Kind, Outgoing, PacketBuffer, PushError, TransferPageList, TransferPageRange};
 use vmbus_host::bus::Device;
 use vmbus_host::channel::HostChannel;
-use vmbus_host::machine::Provider;
+use vmbus_host::provider::Provider;
 
 use crate::decisions::Dice;
 use crate::world::{Messages, World};

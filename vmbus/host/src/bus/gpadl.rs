@@ -6,13 +6,13 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use spin::Mutex;
 use vmbus::ids::{ChannelId, GpadlHandle, PAGE_SIZE, PageNumber};
 use vmbus::protocol::message::{GpadlHeader, RangeHeader};
 use zerocopy::FromBytes;
 use zerocopy::little_endian::U64;
 
 use super::profile::GpadlRule;
+use crate::sync::Mutex;
 
 /// One range of a GPADL.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -137,6 +137,8 @@ pub enum Event {
     GpadlCreated(GpadlHandle),
     /// A GPADL is gone.
     GpadlTornDown(GpadlHandle),
+    /// A channel has been taken away.
+    Rescinded(ChannelId),
     /// The guest gave a rescinded channel's number back.
     Released(ChannelId),
     /// The guest sent something that hosts drop or refuse.
@@ -386,6 +388,7 @@ impl Server {
         let incomplete = |gpadl: &Gpadl| gpadl.channel == id && gpadl.ranges().is_none();
         self.gpadls.retain(|_, gpadl| !incomplete(gpadl));
         self.lent.revoke(id);
+        self.events.push_back(Event::Rescinded(id));
         self.send(&RescindChannelOffer {
             channel: U32::new(id.0),
         });
@@ -457,6 +460,18 @@ impl Server {
                 && matches!(channel.state, ChannelState::Open { .. })
         };
         channels.find(|(_, channel)| of(channel)).map(|(id, _)| *id)
+    }
+
+    /// Whether there is such a channel, and it has not been taken away.
+    pub fn is_offered(&self, id: ChannelId) -> bool {
+        let channel = self.channels.get(&id);
+        channel.is_some_and(|channel| !channel.rescinded)
+    }
+
+    /// Interface and instance of the device that a channel belongs to.
+    pub fn device(&self, id: ChannelId) -> Option<(Guid, Guid)> {
+        let device = &self.channels.get(&id)?.device;
+        Some((device.interface, device.instance))
     }
 
     /// Whether a channel is open.

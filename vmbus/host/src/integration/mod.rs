@@ -13,7 +13,6 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
-use spin::Mutex;
 use vmbus::ids::ChannelId;
 use vmbus::protocol::{Guid, Status};
 use vmbus::ring::{Outgoing, PacketBuffer};
@@ -26,7 +25,9 @@ pub use time_sync::{SAMPLE, SYNC, TimeSync};
 
 use crate::bus::Device;
 use crate::channel::HostChannel;
-use crate::machine::{Machine, Provider};
+use crate::machine::Machine;
+use crate::provider::Provider;
+use crate::sync::Mutex;
 
 /// A version: of the framework, or of a component's messages.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

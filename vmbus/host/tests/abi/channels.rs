@@ -7,7 +7,7 @@ use vmbus::kmcl::abi::*;
 use vmbus::protocol::Status;
 use vmbus::protocol::monitor::MonitorId;
 use vmbus_host::bus::{Device as Offer, Profile};
-use vmbus_host::machine::Manual;
+use vmbus_host::provider::Manual;
 
 use crate::caller::{Call, Caller, Then};
 use crate::support::{INSTANCE, INTERFACE, Vm};

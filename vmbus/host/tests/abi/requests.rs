@@ -7,7 +7,7 @@ use vmbus::kmcl::abi::*;
 use vmbus::ring::{Outgoing, PacketBuffer};
 use vmbus_host::bus::{Device as Offer, Profile};
 use vmbus_host::channel::HostChannel;
-use vmbus_host::machine::Provider;
+use vmbus_host::provider::Provider;
 
 use crate::caller::Caller;
 use crate::support::{INSTANCE, INTERFACE, Vm};

@@ -99,8 +99,8 @@ impl GuestMemory for Ram {
 }
 
 /// Offers dynamic memory for a guest of `ram` pages.
-pub fn offer(vm: &Vm, ram: u64) -> (ChannelId, Arc<spin::Mutex<DynamicMemory>>) {
-    let provider = Arc::new(spin::Mutex::new(DynamicMemory::new(ram)));
+pub fn offer(vm: &Vm, ram: u64) -> (ChannelId, Arc<vmbus_host::sync::Mutex<DynamicMemory>>) {
+    let provider = Arc::new(vmbus_host::sync::Mutex::new(DynamicMemory::new(ram)));
     let device = Device::new(interface::DYNAMIC_MEMORY, INSTANCE);
     let id = vm
         .machine
@@ -129,7 +129,7 @@ pub fn run(vm: &Vm, balloon: &Balloon, time: u64) {
 struct Setup {
     vm: Vm,
     id: ChannelId,
-    provider: Arc<spin::Mutex<DynamicMemory>>,
+    provider: Arc<vmbus_host::sync::Mutex<DynamicMemory>>,
     ram: Arc<Ram>,
     balloon: Balloon,
 }
@@ -492,7 +492,7 @@ fn the_most_memory_that_the_host_may_give_is_noted() {
 
 #[test]
 fn a_silent_host_is_given_up_after_a_while() {
-    use vmbus_host::machine::Manual;
+    use vmbus_host::provider::Manual;
     let vm = Vm::new(Profile::qemu());
     let device = Device::new(interface::DYNAMIC_MEMORY, INSTANCE);
     vm.machine.add(device, Manual).unwrap();

@@ -16,7 +16,7 @@ use vmbus::protocol::{Guid, MessageType};
 use vmbus::ring::PacketBuffer;
 use vmbus_host::bus::{Device, Fault, Profile, Rule};
 use vmbus_host::channel::HostChannel;
-use vmbus_host::machine::{Manual, Provider};
+use vmbus_host::provider::{Manual, Provider};
 
 use crate::support::{INSTANCE, INTERFACE, Journal, SECOND, Seen, Vm};
 

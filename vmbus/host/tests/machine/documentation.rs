@@ -9,7 +9,7 @@ use std::sync::Arc;
 use vmbus::kmcl::State;
 use vmbus_host::bus::{Device, Profile};
 use vmbus_host::channel::HostChannel;
-use vmbus_host::machine::Provider;
+use vmbus_host::provider::Provider;
 
 use crate::support::{INSTANCE, Vm};
 

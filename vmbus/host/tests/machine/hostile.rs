@@ -20,7 +20,7 @@ use vmbus::protocol::sizes::MESSAGES;
 use vmbus::protocol::{MAX_PAYLOAD, Payload};
 use vmbus::ring::{Kind, Outgoing};
 use vmbus_host::bus::{Device, Profile};
-use vmbus_host::machine::Manual;
+use vmbus_host::provider::Manual;
 use zerocopy::FromZeros;
 
 use crate::support::{INSTANCE, INTERFACE, SECOND, Vm};

@@ -40,7 +40,7 @@ const NEW_YEAR_SECONDS: u64 = 1_767_225_600;
 struct Setup<D, C> {
     vm: Vm,
     id: Cell<ChannelId>,
-    service: Arc<spin::Mutex<Service<C>>>,
+    service: Arc<vmbus_host::sync::Mutex<Service<C>>>,
     driver: D,
 }
 

@@ -11,7 +11,7 @@ use vmbus::kmcl::{ChannelBuilder, ChannelError, ConfigError, Refused, State};
 use vmbus::protocol::{Guid, MessageType, Status};
 use vmbus::ring::Outgoing;
 use vmbus_host::bus::{Device, Fault, Profile, Rule};
-use vmbus_host::machine::Manual;
+use vmbus_host::provider::Manual;
 
 use crate::support::{INSTANCE, INTERFACE, Journal, SECOND, Seen, Shelf, Vm, is_active, received};
 

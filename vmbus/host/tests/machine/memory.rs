@@ -9,8 +9,8 @@ use vmbus::ids::{PAGE_SIZE, VpIndex};
 use vmbus::kmcl::{ExternalData, SendFlags, State};
 use vmbus::protocol::MessageType;
 use vmbus_host::bus::{Access, Device, Fault, Profile, Rule};
-use vmbus_host::machine::Manual;
 use vmbus_host::memory::AccessError;
+use vmbus_host::provider::Manual;
 
 use crate::support::{INSTANCE, INTERFACE, Journal, SECOND, Vm, is_active};
 
@@ -54,9 +54,10 @@ fn the_host_reads_and_writes_the_memory_of_a_packet_until_it_completes_it() {
     assert_eq!(&result.unwrap()[..4], b"done");
     assert_eq!(&lent.to_vec().unwrap()[90..103], b"from the host");
     drop(external);
+    assert!(matches!(lent.to_vec(), Err(AccessError::NotShared(_))));
     drop(channel);
     vm.machine.settle();
-    assert!(matches!(lent.to_vec(), Err(AccessError::NotShared(_))));
+    assert_eq!(lent.to_vec(), Err(AccessError::Revoked));
     vm.assert_well_behaved();
 }
 

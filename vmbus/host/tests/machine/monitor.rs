@@ -12,7 +12,7 @@ use vmbus::protocol::MessageType;
 use vmbus::protocol::monitor::MonitorId;
 use vmbus_host::bus::{Device, Fault, Profile, Rule};
 use vmbus_host::channel::HostChannel;
-use vmbus_host::machine::{Manual, Provider};
+use vmbus_host::provider::{Manual, Provider};
 
 use crate::support::{INSTANCE, INTERFACE, Journal, SECOND, Vm, is_active, received};
 

@@ -15,7 +15,7 @@ use vmbus::protocol::MessageType;
 use vmbus::ring::{Outgoing, PacketBuffer};
 use vmbus_host::bus::{Device, Fault, Profile, Rule};
 use vmbus_host::channel::HostChannel;
-use vmbus_host::machine::{Manual, Provider};
+use vmbus_host::provider::{Manual, Provider};
 
 use crate::support::{INSTANCE, INTERFACE, Journal, Shelf, Vm, is_active, number, received};
 

@@ -371,7 +371,10 @@ fn packets_sent_before_the_channel_is_open_wait_for_it() {
         channel.channel().send_message(&n.to_le_bytes()).unwrap();
     }
     let device = vmbus_host::bus::Device::new(crate::support::INTERFACE, crate::support::INSTANCE);
-    let id = vm.machine.add(device, vmbus_host::machine::Manual).unwrap();
+    let id = vm
+        .machine
+        .add(device, vmbus_host::provider::Manual)
+        .unwrap();
     vm.connect();
     assert!(is_active(&channel));
     let payloads: Vec<_> = vm

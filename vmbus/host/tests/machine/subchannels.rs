@@ -8,7 +8,7 @@ use vmbus::ids::{ChannelId, VpIndex};
 use vmbus::kmcl::{ChannelBuilder, ChannelError, ConfigError, EnabledChannel, State};
 use vmbus::protocol::{MessageType, Version};
 use vmbus_host::bus::{Device, Fault, Profile, RescindOrder, Rule};
-use vmbus_host::machine::Manual;
+use vmbus_host::provider::Manual;
 
 use crate::support::{INSTANCE, INTERFACE, Journal, SECOND, Seen, Vm, is_active};
 

@@ -13,7 +13,8 @@ use vmbus::ring::Outgoing;
 use vmbus::{ConnectionState, Vmbus};
 use vmbus_host::bus::{Device, Profile};
 use vmbus_host::channel::HostChannel;
-use vmbus_host::machine::{Machine, Manual};
+use vmbus_host::machine::Machine;
+use vmbus_host::provider::Manual;
 
 pub const INTERFACE: Guid = Guid::literal("11111111-2222-3333-4444-555555555555");
 pub const INSTANCE: Guid = Guid::literal("aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee");

@@ -18,7 +18,7 @@ use vmbus::kmcl::{
 use vmbus::protocol::monitor::MonitorId;
 use vmbus::protocol::{Guid, MessageType};
 use vmbus_host::bus::{Device, Fault, Profile, Rule};
-use vmbus_host::machine::Manual;
+use vmbus_host::provider::Manual;
 
 use crate::support::{INSTANCE, INTERFACE, SECOND, Shelf, Vm, received};
 
