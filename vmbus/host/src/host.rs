@@ -213,6 +213,14 @@ impl Host {
         self.notices.push_back(notice);
     }
 
+    /// The guest's memory begins anew: nothing is open any more, and what was under way is gone. The devices stay.
+    pub fn reset(&mut self) {
+        self.server.reset();
+        while let Some(event) = self.server.poll_event() {
+            self.handle(event);
+        }
+    }
+
     /// Takes a message that the guest posts; the status is that of the hypercall.
     pub fn post(&mut self, now: u64, connection: ConnectionId, payload: &[u8]) -> HvStatus {
         self.server.post(now, connection, payload)

@@ -82,6 +82,12 @@ impl<T: Clone> Line<T> {
         }
     }
 
+    /// Forgets what is under way.
+    pub(super) fn clear(&mut self) {
+        self.queue.clear();
+        self.swapped = None;
+    }
+
     pub(super) fn len(&self) -> usize {
         self.queue.len() + usize::from(self.swapped.is_some())
     }

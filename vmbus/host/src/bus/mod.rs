@@ -474,6 +474,11 @@ impl Server {
         Some((device.interface, device.instance))
     }
 
+    /// The sub-channel index of a channel: 0 for the primary one of its device.
+    pub fn sub_channel_index(&self, id: ChannelId) -> Option<u16> {
+        Some(self.channels.get(&id)?.device.sub_channel_index)
+    }
+
     /// Whether a channel is open.
     pub fn is_open(&self, id: ChannelId) -> bool {
         let channel = self.channels.get(&id);
@@ -603,6 +608,15 @@ impl Server {
             _ => Err("not handled"),
         }
         .map_err(with)
+    }
+
+    /// The guest is gone, and said nothing: its connection ends, and so do the messages that are under way.
+    pub fn reset(&mut self) {
+        self.inbox.clear();
+        self.outbox.clear();
+        if self.connection.take().is_some() {
+            self.disconnect();
+        }
     }
 
     /// Closes every channel and forgets every GPADL and every rescinded channel.
