@@ -1,15 +1,24 @@
 //! The host's end of an open channel: both rings, and when the guest must be interrupted.
 
+use alloc::collections::VecDeque;
 use alloc::vec::Vec;
+use core::sync::atomic::Ordering;
 
-use vmbus::ids::{GpadlHandle, VpIndex};
+use vmbus::ids::{GpadlHandle, PAGE_SIZE, VpIndex};
 use vmbus::ring::{
-    Kind, Outgoing, PacketBuffer, PushError, Reader, Ring, RingError, Signal, Writer,
+    Kind, Outgoing, OwnedPacket, PacketBuffer, PushError, Reader, Ring, RingError, Signal, Writer,
 };
 use vmbus::shared::SharedPages;
 
 use crate::bus::{Access, Gpadls, MapError, Opening};
+use crate::faults::{self, ChannelFault, ChannelFaults, Direction};
 use crate::memory::{AccessError, GuestBuffer, GuestMemory, Lease, MappedGpadl};
+
+/// Where the producer's offset stands in a ring's control page (spec vmbus.md 6.1).
+const PRODUCER: usize = 0;
+
+/// Where the consumer's offset stands.
+const CONSUMER: usize = 4;
 
 /// An open channel as the host sees it.
 #[derive(Debug)]
@@ -26,6 +35,15 @@ pub struct HostChannel {
     gpadls: Gpadls,
     lease: Lease,
     last_transaction: u64,
+    faults: ChannelFaults,
+    /// Reference time when the channel was served last.
+    now: u64,
+    /// Packets of the guest that come later, and when.
+    late: VecDeque<(u64, PacketBuffer)>,
+    /// Packets for the guest that go later, and when.
+    held: VecDeque<(u64, OwnedPacket)>,
+    /// Offsets that say nonsense from now on: the control page, and where in it.
+    corrupt: Vec<(u32, usize)>,
 }
 
 /// A packet of the guest, taken from the ring.
@@ -58,6 +76,11 @@ impl HostChannel {
             gpadls: Gpadls::default(),
             lease: Lease::default(),
             last_transaction: 0,
+            faults: ChannelFaults::default(),
+            now: 0,
+            late: VecDeque::new(),
+            held: VecDeque::new(),
+            corrupt: Vec::new(),
         })
     }
 
@@ -114,14 +137,77 @@ impl HostChannel {
 
     /// Writes one packet that the guest sees after [`publish`](Self::publish).
     pub fn push(&mut self, packet: &Outgoing<'_>) -> Result<(), PushError> {
-        self.writer.push(packet)
+        let Some(fault) = self.faults.next(Direction::ToGuest) else {
+            return self.writer.push(packet);
+        };
+        match fault {
+            ChannelFault::Drop => Ok(()),
+            ChannelFault::Rescind => {
+                self.faults.rescind();
+                Ok(())
+            }
+            ChannelFault::Delay(time) => {
+                let at = self.now.saturating_add(time);
+                self.held.push_back((at, packet.to_owned()));
+                Ok(())
+            }
+            ChannelFault::CorruptRing => {
+                self.corrupt.push((self.opening.downstream_page, PRODUCER));
+                self.interrupt = true;
+                self.writer.push(packet)
+            }
+            altered => {
+                let mut packet = packet.to_owned();
+                faults::alter(&mut packet, altered);
+                self.writer.push(&packet.as_outgoing())
+            }
+        }
     }
 
     /// Makes the written packets visible.
     pub fn publish(&mut self) -> Result<(), RingError> {
         let signal = self.writer.publish()?;
         self.interrupt |= signal == Signal::Needed;
+        self.corrupt();
         Ok(())
+    }
+
+    /// Writes the nonsense that a fault asked for.
+    fn corrupt(&self) {
+        for (page, field) in &self.corrupt {
+            let at = *page as usize * PAGE_SIZE + field;
+            if let Ok(offset) = self.memory.atomic_u32(at) {
+                offset.store(u32::MAX - 7, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// When packets that a fault delays have to move on.
+    pub fn deadline(&self) -> Option<u64> {
+        let held = self.held.iter().map(|(at, _)| *at);
+        let late = self.late.iter().map(|(at, _)| *at);
+        held.chain(late).min()
+    }
+
+    /// Tells the time, and sends what was delayed until now.
+    pub(crate) fn set_time(&mut self, now: u64) {
+        self.now = now;
+        let held = core::mem::take(&mut self.held);
+        for (at, packet) in held {
+            let due = at <= now;
+            if !due || self.writer.push(&packet.as_outgoing()).is_err() {
+                // One for which there is no room is tried again a millisecond later.
+                let at = if due { now.saturating_add(10_000) } else { at };
+                self.held.push_back((at, packet));
+            }
+        }
+        // A broken ring shows at the provider's next access.
+        let _ = self.publish();
+    }
+
+    /// The faults that the packets meet.
+    pub(crate) fn set_faults(&mut self, faults: ChannelFaults) {
+        self.faults = faults;
     }
 
     /// Asks the guest to interrupt when `bytes` are free in its incoming ring.
@@ -131,7 +217,33 @@ impl HostChannel {
 
     /// Takes the guest's next packet. Its room is the guest's again after [`release`](Self::release).
     pub fn receive(&mut self, packet: &mut PacketBuffer) -> Result<bool, RingError> {
-        self.reader.read(packet)
+        if self.faults.stalls(Direction::FromGuest) {
+            return Ok(false);
+        }
+        let due = self.late.iter().position(|(at, _)| *at <= self.now);
+        if let Some((_, late)) = due.and_then(|index| self.late.remove(index)) {
+            *packet = late;
+            return Ok(true);
+        }
+        while self.reader.read(packet)? {
+            match self.faults.next(Direction::FromGuest) {
+                None => return Ok(true),
+                Some(ChannelFault::Delay(time)) => {
+                    let at = self.now.saturating_add(time);
+                    self.late.push_back((at, core::mem::take(packet)));
+                }
+                Some(ChannelFault::Rescind) => self.faults.rescind(),
+                Some(ChannelFault::CorruptRing) => {
+                    self.corrupt.push((0, CONSUMER));
+                    self.interrupt = true;
+                    return Ok(true);
+                }
+                // The others cannot be injected this way.
+                Some(_) => {}
+            }
+            self.release()?;
+        }
+        Ok(false)
     }
 
     /// Takes all that the guest has sent, in order, and gives their room back. No quota holds any of it back: whoever
@@ -170,6 +282,7 @@ impl HostChannel {
     pub fn release(&mut self) -> Result<(), RingError> {
         let signal = self.reader.publish()?;
         self.interrupt |= signal == Signal::Needed;
+        self.corrupt();
         Ok(())
     }
 
@@ -185,6 +298,9 @@ impl HostChannel {
 
     /// The VP to interrupt, if the guest must be, once.
     pub fn take_interrupt(&mut self) -> Option<VpIndex> {
+        if self.interrupt && self.faults.stalls(Direction::ToGuest) {
+            return None;
+        }
         core::mem::take(&mut self.interrupt).then_some(self.opening.target_vp)
     }
 }

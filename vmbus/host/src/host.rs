@@ -16,6 +16,7 @@ use vmbus::protocol::{Guid, Status, Version};
 
 use crate::bus::{Device, Event, HvStatus, Lent, Message, Opening, Profile, Server};
 use crate::channel::HostChannel;
+use crate::faults::ChannelFaults;
 use crate::memory::GuestMemory;
 use crate::monitor::Watch;
 use crate::provider::{Link, Notify, Provider, Wish, Wishes};
@@ -51,6 +52,8 @@ pub struct Ran {
 pub struct Host {
     server: Server,
     providers: BTreeMap<ChannelId, Box<dyn Provider>>,
+    /// Of every channel that has a provider.
+    faults: BTreeMap<ChannelId, ChannelFaults>,
     open: BTreeMap<ChannelId, Open>,
     /// Closed channels whose GPADL the guest has not got back.
     closing: Vec<HostChannel>,
@@ -82,6 +85,7 @@ impl Host {
         Self {
             server: Server::new(profile),
             providers: BTreeMap::new(),
+            faults: BTreeMap::new(),
             open: BTreeMap::new(),
             closing: Vec::new(),
             memory,
@@ -104,7 +108,7 @@ impl Host {
     /// Offers a device, served by `provider`. `None` when no channel number is free.
     pub fn add(&mut self, device: Device, provider: impl Provider + 'static) -> Option<ChannelId> {
         let id = self.server.add(device)?;
-        self.attach(id, Box::new(provider));
+        self.attach(id, Box::new(provider), ChannelFaults::default());
         Some(id)
     }
 
@@ -116,14 +120,31 @@ impl Host {
         index: NonZeroU16,
         provider: Box<dyn Provider>,
     ) -> Option<ChannelId> {
+        let faults = self.faults.get(&primary).cloned().unwrap_or_default();
         let id = self.server.add_sub_channel(primary, index)?;
-        self.attach(id, provider);
+        self.attach(id, provider, faults);
         Some(id)
     }
 
-    fn attach(&mut self, id: ChannelId, mut provider: Box<dyn Provider>) {
-        provider.attached(Link::new(id, self.wishes.clone()));
+    fn attach(&mut self, id: ChannelId, mut provider: Box<dyn Provider>, faults: ChannelFaults) {
+        let link = Link::new(id, self.wishes.clone());
+        faults.attach(link.clone());
+        self.faults.insert(id, faults);
+        provider.attached(link);
         self.providers.insert(id, provider);
+    }
+
+    /// The channel has no provider any more.
+    fn detach(&mut self, id: ChannelId) {
+        self.providers.remove(&id);
+        if let Some(faults) = self.faults.remove(&id) {
+            faults.detach(&Link::new(id, self.wishes.clone()));
+        }
+    }
+
+    /// What goes wrong on the channels of the device that a channel belongs to: inject something there.
+    pub fn faults(&self, id: ChannelId) -> Option<ChannelFaults> {
+        self.faults.get(&id).cloned()
     }
 
     /// Takes a device away, or one sub-channel of it. Its providers are done with it before this returns.
@@ -132,7 +153,7 @@ impl Host {
         let there = self.server.rescind(id);
         for id in subs.into_iter().chain([id]) {
             self.retire(id);
-            self.providers.remove(&id);
+            self.detach(id);
         }
         // The host is done with the memory at once, and the guest need not wait until it says so.
         self.lent.retain(|_, lent| !lent.is_revoked());
@@ -260,8 +281,10 @@ impl Host {
             .filter(|(id, _)| served(id))
             .filter_map(|(_, provider)| provider.deadline())
             .min();
+        let channels = self.open.values().filter(|open| open.served);
+        let delayed = channels.filter_map(|open| open.channel.deadline()).min();
         let watch = self.watch.as_ref().and_then(Watch::deadline);
-        [self.server.deadline(), provider, watch]
+        [self.server.deadline(), provider, delayed, watch]
             .into_iter()
             .flatten()
             .min()
@@ -279,10 +302,13 @@ impl Host {
         ran.busy |= self.look(now);
         for (id, open) in &mut self.open {
             if let Some(provider) = self.providers.get_mut(id).filter(|_| open.served) {
-                let due = provider.deadline().is_some_and(|at| at <= now);
+                let deadlines = provider.deadline().into_iter();
+                let mut deadlines = deadlines.chain(open.channel.deadline());
+                let due = deadlines.any(|at| at <= now);
                 // A signal that the guest forgets leaves the provider asleep.
                 if self.signalled.remove(id) || due {
                     ran.busy = true;
+                    open.channel.set_time(now);
                     provider.serve(now, &mut open.channel);
                 }
             }
@@ -324,7 +350,7 @@ impl Host {
             }
             Event::Rescinded(id) => {
                 self.retire(id);
-                self.providers.remove(&id);
+                self.detach(id);
             }
             Event::GpadlTornDown(handle) => {
                 let (gone, rest): (Vec<_>, Vec<_>) = core::mem::take(&mut self.closing)
@@ -385,8 +411,9 @@ impl Host {
             .into_iter()
             .for_each(|handle| self.check_lent(handle));
         // Sub-channels went with the connection.
-        let server = &self.server;
-        self.providers.retain(|id, _| server.is_offered(*id));
+        let gone = self.providers.keys().copied();
+        let gone: Vec<_> = gone.filter(|id| !self.server.is_offered(*id)).collect();
+        gone.into_iter().for_each(|id| self.detach(id));
         self.note(Notice::Disconnected);
     }
 
@@ -436,6 +463,7 @@ impl Host {
                     // The page was within the guest's memory when the connection began.
                     let _ = watch.set_up(bit, self.server.event_connection(id), latency);
                 }
+                channel.set_faults(self.faults.get(&id).cloned().unwrap_or_default());
                 let status = provider.opened(&mut channel);
                 if status.is_success() {
                     let served = true;

@@ -15,6 +15,7 @@ pub mod bus;
 pub mod channel;
 pub mod disk;
 pub mod dynamic_memory;
+pub mod faults;
 pub mod host;
 pub mod integration;
 pub mod machine;

@@ -17,7 +17,7 @@ mod tests;
 
 pub use error::RingError;
 pub use packet::{
-    GpaRange, GpaRanges, Kind, Outgoing, PacketBuffer, ScatterList, TransferPageList,
+    GpaRange, GpaRanges, Kind, Outgoing, OwnedPacket, PacketBuffer, ScatterList, TransferPageList,
     TransferPageRange, TransferPages,
 };
 pub use reader::{Head, Reader};

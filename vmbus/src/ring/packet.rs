@@ -152,6 +152,19 @@ impl<'a> Outgoing<'a> {
         }
     }
 
+    /// The same packet with memory of its own.
+    pub fn to_owned(&self) -> OwnedPacket {
+        OwnedPacket {
+            kind: self.kind,
+            transaction_id: self.transaction_id,
+            completion_requested: self.completion_requested,
+            ranges: self
+                .ranges
+                .map(|(set, count, bytes)| (set, count, bytes.to_vec())),
+            payload: self.payload.concat(),
+        }
+    }
+
     /// Bytes that the packet takes in a ring, footer included.
     pub fn footprint(&self) -> u64 {
         self.length() + u64::from(FOOTER)
@@ -199,6 +212,32 @@ impl<'a> Outgoing<'a> {
     /// The data: two parts that follow each other without a gap.
     pub(super) fn payload(&self) -> [&'a [u8]; 2] {
         self.payload
+    }
+}
+
+/// A packet that waits to be written.
+#[derive(Clone, Debug)]
+pub struct OwnedPacket {
+    kind: Kind,
+    /// Repeated by the completion, or that of the packet that this one completes.
+    pub transaction_id: u64,
+    completion_requested: bool,
+    ranges: Option<(u16, u32, Vec<u8>)>,
+    /// The data.
+    pub payload: Vec<u8>,
+}
+
+impl OwnedPacket {
+    /// The packet as it is written.
+    pub fn as_outgoing(&self) -> Outgoing<'_> {
+        let ranges = self.ranges.as_ref();
+        Outgoing {
+            kind: self.kind,
+            transaction_id: self.transaction_id,
+            completion_requested: self.completion_requested,
+            ranges: ranges.map(|(set, count, bytes)| (*set, *count, &bytes[..])),
+            payload: [&self.payload, &[]],
+        }
     }
 }
 

@@ -204,12 +204,28 @@ impl Profile {
         }
     }
 
-    /// Hyper-V of a release that ends with this version.
-    pub const fn hyper_v_up_to(newest: Version) -> Self {
+    /// The test machine: what a guest finds most often, and nothing that must be polled. It answers each GPADL_TEARDOWN
+    /// and names the connection that the guest used.
+    pub const fn test_machine() -> Self {
+        Self {
+            name: "Enlit's test machine",
+            offer_order: OfferOrder::Added,
+            ..Self::openvmm()
+        }
+    }
+
+    /// The same host, but of a time when this was the newest version.
+    #[must_use]
+    pub const fn up_to(self, newest: Version) -> Self {
         Self {
             versions: Versions::UpTo(newest),
             multiclient: newest.0 >= Version::V5_0.0,
-            ..Self::hyper_v()
+            ..self
         }
+    }
+
+    /// Hyper-V of a release that ends with this version.
+    pub const fn hyper_v_up_to(newest: Version) -> Self {
+        Self::hyper_v().up_to(newest)
     }
 }

@@ -6,6 +6,7 @@ mod balloon;
 mod blocking;
 mod dispatcher;
 mod documentation;
+mod faults;
 mod gpadls;
 mod hostile;
 mod hosts;
