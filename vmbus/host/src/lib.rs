@@ -21,6 +21,7 @@ pub mod integration;
 pub mod machine;
 pub mod memory;
 pub mod monitor;
+pub mod network;
 pub mod provider;
 pub mod sync;
 pub mod work;
