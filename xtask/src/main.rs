@@ -13,6 +13,7 @@ mod fuzz;
 mod guest;
 mod header;
 mod image;
+mod keep;
 mod linux_boot;
 mod machine;
 mod miri;

@@ -1,4 +1,4 @@
-//! What both roles need as a system's first process: file systems, modules,
+//! What all roles need as a system's first process: file systems, modules,
 //! power-off; and the agent's role itself.
 
 use std::{env, fs, io, path::Path, process};
@@ -9,7 +9,7 @@ use rustix::{
     system::{RebootCommand, init_module, reboot},
 };
 
-use crate::referee;
+use crate::{referee, shell};
 
 /// Name of the virtio port that leads to `xtask`.
 const PORT: &str = "enlit";
@@ -30,6 +30,7 @@ pub(crate) fn main() {
     let result = match role.as_deref() {
         Some("agent") => agent_role(),
         Some("referee") => referee::role(),
+        Some("shell") => shell::role(),
         other => Err(io::Error::other(format!("no such role: {other:?}"))),
     };
     if let Err(error) = result {
@@ -70,18 +71,20 @@ pub(crate) fn mount_all(list: &[(&str, &str)]) -> io::Result<()> {
     Ok(())
 }
 
-/// Loads every module below [`MODULES`].
+/// Loads every module below [`MODULES`]. The first that does not load is the error; those
+/// behind it are tried all the same.
 pub(crate) fn load_modules() -> io::Result<()> {
     let mut files = fs::read_dir(MODULES)?
         .map(|entry| Ok(entry?.path()))
         .collect::<io::Result<Vec<_>>>()?;
     files.sort();
+    let mut result = Ok(());
     for file in files {
-        init_module(&fs::read(&file)?, c"").map_err(|error| {
-            io::Error::other(format!("cannot load {}: {error}", file.display()))
-        })?;
+        let loaded = init_module(&fs::read(&file)?, c"")
+            .map_err(|error| io::Error::other(format!("cannot load {}: {error}", file.display())));
+        result = result.and(loaded);
     }
-    Ok(())
+    result
 }
 
 /// The device node of the port named [`PORT`].

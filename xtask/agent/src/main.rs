@@ -1,8 +1,9 @@
-//! First process of a Linux VM: the test machine's agent, or the init of the
-//! Linux guest that stands beside ours in the benchmarks.
+//! First process of a Linux VM: the test machine's agent, the init of the
+//! Linux guest that stands beside ours in the benchmarks, or the shell of the
+//! one that judges our host.
 //!
-//! The kernel passes the role after ` -- ` on its command line: `agent` or
-//! `referee`. `init=`-style fallbacks do not exist: with a wrong word, or on a
+//! The kernel passes the role after ` -- ` on its command line: `agent`,
+//! `referee` or `shell`. `init=`-style fallbacks do not exist: with a wrong word, or on a
 //! failure, the reason is printed and the VM powers off.
 
 #![forbid(unsafe_code)]
@@ -11,6 +12,8 @@
 mod init;
 #[cfg(target_os = "linux")]
 mod referee;
+#[cfg(target_os = "linux")]
+mod shell;
 
 #[cfg(target_os = "linux")]
 fn main() {

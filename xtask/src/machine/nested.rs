@@ -7,15 +7,18 @@ use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    time::{Duration, UNIX_EPOCH},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, anyhow};
 use command_fds::{CommandFdExt, FdMapping};
-use sha2::{Digest, Sha256};
 
 use super::{Clock, cpio::Archive, link::Link, linux::Linux, process};
-use crate::{packages::Qemu, progress};
+use crate::{
+    keep::{kept, stamp},
+    packages::Qemu,
+    progress,
+};
 
 /// Longest boot of the small Linux; usually some ten seconds.
 const BOOT: Duration = Duration::from_secs(180);
@@ -89,24 +92,18 @@ impl Image {
     /// kernel.
     pub fn prepare(store: &Path, qemu: &Qemu, linux: &Path, agent: &Path) -> Result<Self> {
         let directory = store.join("nested");
-        fs::create_dir_all(&directory)
-            .with_context(|| format!("cannot use {}", directory.display()))?;
         let agent = fs::read(agent).with_context(|| format!("cannot read {}", agent.display()))?;
-        let kernel = directory.join(format!("vmlinux-{}", key(&[&stamp(linux)?])));
-        let initrd = directory.join(format!(
-            "initrd-{}",
-            key(&[&agent, &stamp(qemu.program())?, &stamp(linux)?])
-        ));
+        let package = stamp(linux)?;
         let linux = Linux::of_tree(linux)?;
-        if !kernel.is_file() {
+        let kernel = kept(&directory, "vmlinux", &[&package], || {
             let _step = progress::step("unpacking the test machine's kernel");
-            replace(&directory, "vmlinux-", &kernel, &linux.elf()?)?;
-        }
-        if !initrd.is_file() {
+            linux.elf()
+        })?;
+        let parts = [&agent[..], &stamp(qemu.program())?, &package];
+        let initrd = kept(&directory, "initrd", &parts, || {
             let _step = progress::step("packing the test machine");
-            let archive = pack(qemu, &linux, &agent)?;
-            replace(&directory, "initrd-", &initrd, &archive)?;
-        }
+            pack(qemu, &linux, &agent)
+        })?;
         Ok(Self {
             kernel,
             initrd,
@@ -208,47 +205,4 @@ fn pack(qemu: &Qemu, linux: &Linux, agent: &[u8]) -> Result<Vec<u8>> {
         archive.file(&format!("modules/{index:02}-{name}.ko"), module);
     }
     Ok(archive.finish())
-}
-
-/// Names a file or directory that does not change but as a whole.
-fn stamp(path: &Path) -> Result<Vec<u8>> {
-    let metadata = fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let changed = metadata.modified()?.duration_since(UNIX_EPOCH)?.as_nanos();
-    Ok(format!("{} {} {changed}", path.display(), metadata.len()).into_bytes())
-}
-
-fn key(parts: &[&[u8]]) -> String {
-    let mut hash = Sha256::new();
-    for part in parts {
-        hash.update((part.len() as u64).to_le_bytes());
-        hash.update(part);
-    }
-    let digest = hash.finalize();
-    digest
-        .iter()
-        .take(8)
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
-}
-
-/// Writes `file` in one piece and removes older ones of its kind.
-fn replace(directory: &Path, kind: &str, file: &Path, content: &[u8]) -> Result<()> {
-    let old: Vec<_> = fs::read_dir(directory)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| {
-            path.file_name()
-                .is_some_and(|name| name.to_string_lossy().starts_with(kind))
-        })
-        .collect();
-    let write = || -> std::io::Result<()> {
-        let mut scratch = tempfile::NamedTempFile::new_in(directory)?;
-        std::io::Write::write_all(&mut scratch, content)?;
-        scratch.persist(file)?;
-        Ok(())
-    };
-    write().map_err(crate::packages::Problem::file(file))?;
-    for path in old.iter().filter(|path| *path != file) {
-        fs::remove_file(path)?;
-    }
-    Ok(())
 }
