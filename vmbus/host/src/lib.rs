@@ -13,6 +13,7 @@ extern crate std;
 
 pub mod bus;
 pub mod channel;
+mod complaints;
 pub mod disk;
 pub mod dynamic_memory;
 pub mod faults;
@@ -20,6 +21,7 @@ pub mod host;
 pub mod integration;
 pub mod machine;
 pub mod memory;
+pub mod message_faults;
 pub mod monitor;
 pub mod network;
 pub mod provider;

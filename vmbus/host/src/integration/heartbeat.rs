@@ -2,10 +2,12 @@
 
 use alloc::vec;
 use alloc::vec::Vec;
+use core::fmt;
 
 use vmbus::protocol::{Guid, interface};
 
-use super::{Component, Host, Version};
+use super::message::Version;
+use super::{Component, Handle, Host};
 
 /// Time between heartbeats: 2 s in units of 100 ns.
 const PERIOD: u64 = 20_000_000;
@@ -20,6 +22,9 @@ pub struct Heartbeat {
     sent: u64,
     answered: u64,
     last_answer: Option<u64>,
+    /// When the request that waits for its answer was sent.
+    asked: Option<u64>,
+    application: ApplicationState,
 }
 
 /// What the host shows to its user.
@@ -33,6 +38,48 @@ pub enum Contact {
     Lost,
 }
 
+/// How the guest's applications are, as the guest says (spec ic.md 5).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ApplicationState(pub u32);
+
+impl ApplicationState {
+    /// Nobody in the guest says.
+    pub const UNKNOWN: Self = Self(0);
+    /// All is well.
+    pub const HEALTHY: Self = Self(1);
+    /// Something is wrong.
+    pub const CRITICAL: Self = Self(2);
+    /// They have stopped.
+    pub const STOPPED: Self = Self(3);
+}
+
+impl fmt::Display for ApplicationState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::UNKNOWN => f.write_str("unknown"),
+            Self::HEALTHY => f.write_str("healthy"),
+            Self::CRITICAL => f.write_str("critical"),
+            Self::STOPPED => f.write_str("stopped"),
+            Self(other) => write!(f, "state {other}"),
+        }
+    }
+}
+
+/// What the host knows of the guest's life.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HeartbeatStatus {
+    /// Whether the guest answers.
+    pub contact: Contact,
+    /// How its applications are.
+    pub application: ApplicationState,
+    /// Heartbeats that should have been answered by now, since the last that was.
+    pub missed: u64,
+    /// How many heartbeats were sent.
+    pub sent: u64,
+    /// How many were answered as they have to be.
+    pub answered: u64,
+}
+
 impl Heartbeat {
     /// One whose first number is `sequence`.
     pub fn new(sequence: u64) -> Self {
@@ -43,6 +90,8 @@ impl Heartbeat {
             sent: 0,
             answered: 0,
             last_answer: None,
+            asked: None,
+            application: ApplicationState::UNKNOWN,
         }
     }
 
@@ -60,9 +109,28 @@ impl Heartbeat {
     pub fn contact(&self, now: u64) -> Contact {
         match self.last_answer {
             None => Contact::Never,
-            Some(at) if now <= at + 3 * PERIOD => Contact::Ok,
+            Some(at) if now <= at.saturating_add(3 * PERIOD) => Contact::Ok,
             Some(_) => Contact::Lost,
         }
+    }
+
+    /// All that the host knows at `now`, in reference time.
+    pub fn status(&self, now: u64) -> HeartbeatStatus {
+        let waited = self.asked.map_or(0, |at| now.saturating_sub(at));
+        HeartbeatStatus {
+            contact: self.contact(now),
+            application: self.application,
+            missed: waited / PERIOD,
+            sent: self.sent,
+            answered: self.answered,
+        }
+    }
+}
+
+impl Handle<Heartbeat> {
+    /// All that the host knows at `now`, in reference time.
+    pub fn status(&self, now: u64) -> HeartbeatStatus {
+        self.lock().component.status(now)
     }
 }
 
@@ -86,7 +154,8 @@ impl Component for Heartbeat {
         if self.next.is_none_or(|next| now < next) {
             return None;
         }
-        self.next = Some(now + PERIOD);
+        self.next = Some(now.saturating_add(PERIOD));
+        self.asked = Some(now);
         self.sent += 1;
         // What is reserved is not zero: the guest has to give it back as it is.
         let mut body: Vec<u8> = vec![0xA5; self.body_size];
@@ -104,6 +173,7 @@ impl Component for Heartbeat {
         status: u32,
         answer: &[u8],
     ) -> Result<(), &'static str> {
+        self.asked = None;
         if status != 0 {
             return Err("a heartbeat that is answered with a failure");
         }
@@ -117,9 +187,20 @@ impl Component for Heartbeat {
         if got != asked.wrapping_add(1) {
             return Err("a heartbeat with the wrong number");
         }
+        // Behind the number the guest may say how its applications are; nothing else is its own.
+        let (application, request, answer) = match (
+            request.split_first_chunk::<4>(),
+            answer.split_first_chunk::<4>(),
+        ) {
+            (Some((_, request)), Some((application, answer))) => {
+                (u32::from_le_bytes(*application), request, answer)
+            }
+            _ => (0, request, answer),
+        };
         if request != answer {
             return Err("a heartbeat with other bytes changed");
         }
+        self.application = ApplicationState(application);
         self.sequence = got;
         self.answered += 1;
         self.last_answer = Some(now);
@@ -132,5 +213,7 @@ impl Component for Heartbeat {
 
     fn stopped(&mut self) {
         self.next = None;
+        self.asked = None;
+        self.application = ApplicationState::UNKNOWN;
     }
 }

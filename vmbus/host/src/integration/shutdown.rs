@@ -1,22 +1,58 @@
 //! Shutdown: the host's user asks the guest to power off, to restart or to hibernate (spec ic.md 6).
 
+use alloc::string::String;
 use alloc::vec::Vec;
 
 use vmbus::protocol::{Guid, interface};
 
-use super::{Component, Host, Version};
+use super::message::{GuestStatus, Version};
+use super::reply::{Outcomes, Promise, Reply, promise};
+use super::requests::Requests;
+use super::{Component, Handle, Host, RequestError};
 
 /// Bytes of a request's body.
 const BODY: usize = 2060;
 
+/// Units of UTF-16 that the text may have, its end not counted.
+const TEXT: usize = 1023;
+
 /// A planned shutdown, as hosts code it.
 pub const PLANNED: u32 = 0x8000_0000;
 
-/// The shutdown component.
-#[derive(Debug, Default)]
-pub struct Shutdown {
-    wanted: Option<ShutdownRequest>,
-    answer: Option<u32>,
+/// How long the guest may take to say yes or no: 30 s in units of 100 ns.
+const TIME_LIMIT: u64 = 300_000_000;
+
+/// Flag: whatever is still running.
+const FORCE: u32 = 1;
+
+/// What the guest is to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// Switch itself off.
+    PowerOff,
+    /// Start anew; from version 3.1.
+    Reboot,
+    /// Keep its memory on disk and switch itself off; from version 3.2.
+    Hibernate,
+}
+
+impl Action {
+    /// The version that has this action.
+    const fn since(self) -> Version {
+        match self {
+            Self::PowerOff => Version(1, 0),
+            Self::Reboot => Version(3, 1),
+            Self::Hibernate => Version(3, 2),
+        }
+    }
+
+    const fn flags(self) -> u32 {
+        match self {
+            Self::PowerOff => 0,
+            Self::Reboot => 2,
+            Self::Hibernate => 4,
+        }
+    }
 }
 
 /// What the host asks for.
@@ -29,7 +65,7 @@ pub struct ShutdownRequest {
     /// Bit 0 force, bit 1 restart, bit 2 hibernate.
     pub flags: u32,
     /// For the guest's log.
-    pub text: &'static str,
+    pub text: String,
 }
 
 impl ShutdownRequest {
@@ -39,8 +75,13 @@ impl ShutdownRequest {
             reason: PLANNED,
             timeout_seconds: 0,
             flags,
-            text: "",
+            text: String::new(),
         }
+    }
+
+    /// A planned request for this; `force` is for programs that do not end by themselves.
+    pub fn to(action: Action, force: bool) -> Self {
+        Self::new(action.flags() | if force { FORCE } else { 0 })
     }
 
     fn body(&self) -> Vec<u8> {
@@ -56,21 +97,78 @@ impl ShutdownRequest {
     }
 }
 
+/// The shutdown component.
+#[derive(Debug)]
+pub struct Shutdown {
+    requests: Requests<Asked>,
+    outcomes: Outcomes,
+    answer: Option<u32>,
+}
+
+#[derive(Debug)]
+struct Asked {
+    request: ShutdownRequest,
+    promise: Promise<Result<(), RequestError>>,
+}
+
+impl Default for Shutdown {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Shutdown {
     /// One that asks for nothing.
     pub fn new() -> Self {
-        Self::default()
+        Self {
+            // A second request may correct the first; more make no sense.
+            requests: Requests::new(2, TIME_LIMIT),
+            outcomes: Outcomes::default(),
+            answer: None,
+        }
     }
 
-    /// Asks the guest, as soon as no other request is under way.
-    pub fn ask(&mut self, request: ShutdownRequest) {
-        self.wanted = Some(request);
+    /// How long the guest may take to answer, in units of 100 ns.
+    pub fn set_time_limit(&mut self, limit: u64) {
+        self.requests.time_limit = limit;
+    }
+
+    /// Asks the guest, as soon as no other request is under way, whatever its version.
+    pub fn ask(&mut self, request: ShutdownRequest) -> Reply<Result<(), RequestError>> {
+        if request.text.encode_utf16().count() > TEXT {
+            return Reply::ready(Err(RequestError::TooLong {
+                what: "the text for the guest's log",
+                limit: TEXT,
+            }));
+        }
+        let (promise, reply) = promise();
         self.answer = None;
+        match self.requests.push(Asked { request, promise }) {
+            Ok(()) => reply,
+            Err(_) => Reply::ready(Err(RequestError::Busy)),
+        }
     }
 
     /// The status that the guest has answered the last request with.
     pub fn answer(&self) -> Option<u32> {
         self.answer
+    }
+}
+
+impl Handle<Shutdown> {
+    /// Asks the guest. The reply comes when it has said yes or no; then it acts, which shows in other ways.
+    pub fn request(&self, action: Action, force: bool) -> Reply<Result<(), RequestError>> {
+        self.act(|service| {
+            let speaks = match service.ready() {
+                Ok(version) => version,
+                Err(error) => return Reply::ready(Err(error)),
+            };
+            let needs = action.since();
+            if speaks < needs {
+                return Reply::ready(Err(RequestError::TooOld { speaks, needs }));
+            }
+            service.component.ask(ShutdownRequest::to(action, force))
+        })
     }
 }
 
@@ -86,7 +184,7 @@ impl Component for Shutdown {
     fn ready(&mut self, _now: u64, _version: Version) {}
 
     fn request(&mut self, _now: u64) -> Option<Vec<u8>> {
-        Some(self.wanted.take()?.body())
+        Some(self.requests.next()?.request.body())
     }
 
     fn answered(
@@ -96,7 +194,16 @@ impl Component for Shutdown {
         status: u32,
         answer: &[u8],
     ) -> Result<(), &'static str> {
-        self.answer = Some(status);
+        if let Some(asked) = self.requests.answered() {
+            let status = GuestStatus(status);
+            let outcome = if status.is_ok() {
+                Ok(())
+            } else {
+                Err(RequestError::Guest(status))
+            };
+            self.answer = Some(status.0);
+            self.outcomes.add(asked.promise, outcome);
+        }
         if request == answer {
             Ok(())
         } else {
@@ -105,10 +212,34 @@ impl Component for Shutdown {
     }
 
     fn deadline(&self) -> Option<u64> {
-        self.wanted.as_ref().map(|_| 0)
+        self.requests.is_waiting().then_some(0)
     }
 
     fn stopped(&mut self) {
-        self.wanted = None;
+        for asked in self.requests.drain() {
+            self.outcomes.add(asked.promise, Err(RequestError::Closed));
+        }
+    }
+
+    fn unanswered(&mut self) {
+        if let Some(asked) = self.requests.answered() {
+            self.outcomes
+                .add(asked.promise, Err(RequestError::TimedOut));
+        }
+    }
+
+    fn expiry(&self) -> Option<u64> {
+        self.requests.expiry()
+    }
+
+    fn expire(&mut self, now: u64) {
+        for asked in self.requests.expire(now) {
+            self.outcomes
+                .add(asked.promise, Err(RequestError::TimedOut));
+        }
+    }
+
+    fn outcomes(&mut self) -> Outcomes {
+        core::mem::take(&mut self.outcomes)
     }
 }

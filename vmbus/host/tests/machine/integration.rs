@@ -18,8 +18,8 @@ use vmbus::kmcl::State;
 use vmbus::protocol::interface;
 use vmbus_host::bus::Profile;
 use vmbus_host::integration::{
-    self as host, ANSWER_FLAGS, Component, Contact, Host, REQUEST_FLAGS, SAMPLE, SYNC, Service,
-    ShutdownRequest, Stage, Version,
+    self as host, ANSWER_FLAGS, Component, Contact, GuestStatus, Host, REQUEST_FLAGS, SAMPLE, SYNC,
+    Service, ShutdownRequest, Stage, Version,
 };
 
 use crate::support::{SECOND, Vm};
@@ -272,7 +272,7 @@ fn broken_version_lists_are_refused() {
     }
     for alter in [more_than_there_is, no_room_for_the_counts] {
         let setup = shutdown(|service| service.alter = Some(alter));
-        assert_eq!(setup.stage(), Stage::Failed(INVALID_ARGUMENT));
+        assert_eq!(setup.stage(), Stage::Failed(GuestStatus::INVALID_ARGUMENT));
         setup.host(|service| {
             service.alter = None;
             service.renegotiate();
@@ -458,7 +458,7 @@ fn a_shutdown_request_arrives_with_everything_that_the_host_says() {
             reason: 0x8002_0003,
             timeout_seconds: 300,
             flags: 3,
-            text: "maintenance, at last",
+            text: "maintenance, at last".into(),
         });
     });
     let request = setup.driver.take_request().expect("asked");
@@ -586,7 +586,7 @@ fn sync_after_a_restore_moves_the_clock_forward_at_once() {
     let setup = time_sync(Host::HyperV, |_| {});
     let now = setup.now();
     setup.host(|service| {
-        service.component.wall_at_zero += 3600 * SECOND;
+        service.component.step(3600 * SECOND as i64);
         service.component.sync(now);
     });
     assert_eq!(setup.error(), 0);
@@ -599,7 +599,7 @@ fn a_host_whose_clock_is_set_back_is_followed_without_going_back() {
     let setup = time_sync(Host::HyperV, |_| {});
     let now = setup.now();
     setup.host(|service| {
-        service.component.wall_at_zero -= 60 * SECOND;
+        service.component.step(-60 * SECOND as i64);
         service.component.sync(now);
     });
     let mut last = setup.utc().unwrap();
