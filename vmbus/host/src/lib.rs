@@ -25,5 +25,6 @@ pub mod message_faults;
 pub mod monitor;
 pub mod network;
 pub mod provider;
+pub mod storage;
 pub mod sync;
 pub mod work;
