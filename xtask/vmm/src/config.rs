@@ -102,8 +102,10 @@ pub struct Bus {
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Profile {
-    /// Microsoft's.
+    /// What a guest finds most often, and nothing that must be polled.
     #[default]
+    TestMachine,
+    /// Microsoft's.
     HyperV,
     /// OpenVMM's.
     Openvmm,

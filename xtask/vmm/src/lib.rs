@@ -4,3 +4,7 @@
 
 pub mod config;
 pub mod control;
+#[cfg(target_os = "linux")]
+pub mod devices;
+#[cfg(target_os = "linux")]
+pub mod runner;

@@ -51,7 +51,7 @@ fn a_kernel_is_enough() {
     assert_eq!(config, Config::new(folder.path().join("kernel")));
     assert_eq!((config.memory_mib, config.cpus), (256, 1));
     assert_eq!(config.on_reboot, OnReboot::Exit);
-    assert_eq!(config.vmbus.profile, Profile::HyperV);
+    assert_eq!(config.vmbus.profile, Profile::TestMachine);
     assert_eq!(config.vmbus.newest(), None);
 }
 

@@ -74,11 +74,6 @@ pub enum Event {
         /// The status: 0, or why not.
         status: u32,
     },
-    /// The guest did what no guest may do.
-    Complaint {
-        /// What.
-        what: String,
-    },
     /// Events of this many had to be dropped: nobody read them fast enough.
     EventsLost {
         /// How many.

@@ -9,6 +9,15 @@ use crate::config::Kind;
 pub struct FaultOn {
     /// The device.
     pub device: String,
+    /// Of a fault of packets: which way they go. To the guest, if it says nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direction: Option<Direction>,
+    /// Of a fault of packets: so many pass unharmed first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skip: Option<u64>,
+    /// Of a fault of packets: how many meet it; without it all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packets: Option<u64>,
     /// What goes wrong.
     #[serde(flatten)]
     pub fault: Fault,
@@ -23,81 +32,43 @@ pub struct FaultOn {
     deny_unknown_fields
 )]
 pub enum Fault {
-    /// Packets come late.
+    /// Packets do not come.
+    Drop {},
+    /// Packets come late, and others overtake them.
     Delay {
-        /// Which way.
-        #[serde(default)]
-        direction: Direction,
         /// By how much.
         milliseconds: u64,
-        /// How many packets; without it all.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        packets: Option<u32>,
     },
-    /// Packets do not come at all.
-    Drop {
-        /// Which way.
-        #[serde(default)]
-        direction: Direction,
-        /// How many packets; without it all.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        packets: Option<u32>,
-    },
-    /// Packets are too short.
+    /// Packets are too short. To the guest only.
     Truncate {
-        /// Which way.
-        #[serde(default)]
-        direction: Direction,
-        /// How long they are at most, in bytes.
+        /// Bytes of data that they have at most.
         bytes: u32,
-        /// How many packets; without it all.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        packets: Option<u32>,
     },
-    /// Packets are too long.
+    /// Packets are too long. To the guest only.
     Extend {
-        /// Which way.
-        #[serde(default)]
-        direction: Direction,
         /// By how many bytes.
         bytes: u32,
-        /// How many packets; without it all.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        packets: Option<u32>,
     },
-    /// Packets have another transaction id than they should.
-    WrongTransaction {
-        /// Which way.
-        #[serde(default)]
-        direction: Direction,
-        /// How many packets; without it all.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        packets: Option<u32>,
+    /// Packets have another transaction id than they should. To the guest only.
+    TransactionId {
+        /// The bits of it that are flipped.
+        #[serde(default = "all")]
+        bits: u64,
     },
-    /// Bytes of the payload are changed.
-    Corrupt {
-        /// Which way.
-        #[serde(default)]
-        direction: Direction,
-        /// Where in the payload.
-        offset: u32,
-        /// How many packets; without it all.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        packets: Option<u32>,
+    /// Bits of a byte of the data are flipped. To the guest only.
+    Spoil {
+        /// Which byte.
+        at: u32,
+        /// Which bits.
+        #[serde(default = "all_of_a_byte")]
+        bits: u8,
     },
-    /// The indices of a ring are no indices.
-    CorruptRing {
-        /// Which ring.
-        #[serde(default)]
-        direction: Direction,
-    },
-    /// The host neither reads the ring nor signals.
+    /// The host's offset in the ring says nonsense, until the channel is opened again.
+    CorruptRing {},
+    /// The ring stands still until the faults are cleared.
     Stall {},
-    /// The device is taken away after so many packets, in the middle of whatever goes on.
-    RescindAfter {
-        /// How many packets of the guest's.
-        packets: u32,
-    },
+    /// The device is taken away before the packet.
+    Rescind {},
     /// A disk is slow.
     SlowDisk {
         /// The disk of the controller.
@@ -185,19 +156,27 @@ impl Fault {
     /// Its name on the stream.
     pub const fn name(&self) -> &'static str {
         match self {
+            Self::Drop {} => "drop",
             Self::Delay { .. } => "delay",
-            Self::Drop { .. } => "drop",
             Self::Truncate { .. } => "truncate",
             Self::Extend { .. } => "extend",
-            Self::WrongTransaction { .. } => "wrong-transaction",
-            Self::Corrupt { .. } => "corrupt",
-            Self::CorruptRing { .. } => "corrupt-ring",
+            Self::TransactionId { .. } => "transaction-id",
+            Self::Spoil { .. } => "spoil",
+            Self::CorruptRing {} => "corrupt-ring",
             Self::Stall {} => "stall",
-            Self::RescindAfter { .. } => "rescind-after",
+            Self::Rescind {} => "rescind",
             Self::SlowDisk { .. } => "slow-disk",
             Self::FailingDisk { .. } => "failing-disk",
             Self::TornWrites { .. } => "torn-writes",
             Self::LossyNetwork { .. } => "lossy-network",
         }
     }
+}
+
+fn all() -> u64 {
+    u64::MAX
+}
+
+fn all_of_a_byte() -> u8 {
+    u8::MAX
 }

@@ -79,15 +79,15 @@ fn each_command_is_read_and_written_the_same() {
 #[test]
 fn each_fault_is_read_and_written_the_same() {
     for fault in [
-        json!({ "kind": "delay", "direction": "to-guest", "milliseconds": 5 }),
         json!({ "kind": "drop", "direction": "to-host", "packets": 1 }),
-        json!({ "kind": "truncate", "direction": "to-guest", "bytes": 8 }),
-        json!({ "kind": "extend", "direction": "to-guest", "bytes": 8 }),
-        json!({ "kind": "wrong-transaction", "direction": "to-guest" }),
-        json!({ "kind": "corrupt", "direction": "to-guest", "offset": 3 }),
+        json!({ "kind": "delay", "skip": 3, "milliseconds": 5 }),
+        json!({ "kind": "truncate", "bytes": 8 }),
+        json!({ "kind": "extend", "bytes": 8 }),
+        json!({ "kind": "transaction-id", "bits": 1 }),
+        json!({ "kind": "spoil", "at": 3, "bits": 128 }),
         json!({ "kind": "corrupt-ring", "direction": "to-host" }),
         json!({ "kind": "stall" }),
-        json!({ "kind": "rescind-after", "packets": 100 }),
+        json!({ "kind": "rescind", "skip": 100 }),
         json!({ "kind": "slow-disk", "lun": 0, "milliseconds": 50 }),
         json!({ "kind": "failing-disk", "lun": 1, "operation": "write", "offset": 0, "length": 512 }),
         json!({ "kind": "torn-writes", "lun": 1, "bytes": 512 }),
@@ -165,14 +165,14 @@ fn a_wrong_line_is_answered_with_one_sentence() {
         (
             r#"{"execute":"fault","arguments":{"device":"d","kind":"fire"}}"#,
             Class::GenericError,
-            "`fault`: unknown variant `fire`, expected one of `delay`, `drop`, `truncate`, `extend`, \
-             `wrong-transaction`, `corrupt`, `corrupt-ring`, `stall`, `rescind-after`, `slow-disk`, \
-             `failing-disk`, `torn-writes`, `lossy-network`",
+            "`fault`: unknown variant `fire`, expected one of `drop`, `delay`, `truncate`, `extend`, \
+             `transaction-id`, `spoil`, `corrupt-ring`, `stall`, `rescind`, `slow-disk`, `failing-disk`, \
+             `torn-writes`, `lossy-network`",
         ),
         (
-            r#"{"execute":"fault","arguments":{"device":"d","kind":"stall","packets":1}}"#,
+            r#"{"execute":"fault","arguments":{"device":"d","kind":"stall","bytes":1}}"#,
             Class::GenericError,
-            "`fault`: unknown field `packets`, there are no fields",
+            "`fault`: unknown field `bytes`, there are no fields",
         ),
     ] {
         let expected = Failure {

@@ -30,6 +30,8 @@ values! {
         /// VMBus, if the guest has made contact.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pub vmbus: Option<BusState>,
+        /// What the guest did that no guest may do: the last thousand.
+        pub complaints: Vec<String>,
     }
 
     /// The connection of the guest's VMBus.

@@ -1,0 +1,257 @@
+//! The devices of a machine: built from the configuration, found by name, offered and taken away.
+//!
+//! A device kind is one file here: what it makes of its configuration, the provider that serves it, and what
+//! the control stream can ask of it. Devices outlive the VM: a guest that starts anew finds them as they are.
+
+mod balloon;
+mod faults;
+mod observed;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use vmbus::ids::ChannelId;
+use vmbus::protocol::Guid;
+use vmbus_host::bus;
+use vmbus_host::faults::ChannelFaults;
+use vmbus_host::host::Host;
+use vmbus_host::provider::Provider;
+
+pub use balloon::Balloon;
+
+use crate::config::{self, Config, Kind};
+use crate::control::{Class, Failure, Fault};
+use crate::runner::{Events, Vm};
+use observed::Observed;
+
+/// What all device kinds have in common.
+trait Part {
+    /// The offer.
+    fn offer(&self) -> bus::Device;
+
+    /// What serves its primary channel: the same state each time.
+    fn provider(&self) -> Box<dyn Provider>;
+
+    /// What it has counted.
+    fn counters(&self) -> Vec<(&'static str, u64)>;
+
+    /// A VM is below the host.
+    fn begin(&mut self, _vm: &Arc<dyn Vm>) {}
+
+    /// The VM is gone.
+    fn finish(&mut self) {}
+
+    /// Makes something go wrong that is this device's own. `false` when it has no such fault.
+    fn inject(&self, _fault: &Fault) -> Result<bool, Failure> {
+        Ok(false)
+    }
+
+    /// Nothing of that kind goes wrong any more.
+    fn clear_faults(&self) {}
+}
+
+/// A device by its kind.
+enum Body {
+    Balloon(Balloon),
+}
+
+impl Body {
+    fn part(&self) -> &dyn Part {
+        match self {
+            Self::Balloon(balloon) => balloon,
+        }
+    }
+
+    fn part_mut(&mut self) -> &mut dyn Part {
+        match self {
+            Self::Balloon(balloon) => balloon,
+        }
+    }
+}
+
+/// A device.
+pub struct Device {
+    name: String,
+    kind: Kind,
+    body: Body,
+    /// Its primary channel, while it is offered.
+    channel: Option<ChannelId>,
+    /// Whether a guest that starts anew is offered it.
+    wanted: bool,
+}
+
+/// The devices of a machine, in the order of the configuration.
+#[derive(Default)]
+pub struct Devices {
+    all: Vec<Device>,
+}
+
+impl Devices {
+    /// Builds what the configuration names; nothing is offered yet.
+    ///
+    /// # Errors
+    /// One sentence for the first device that cannot be built.
+    pub fn new(config: &Config, events: &Events) -> Result<Self, Failure> {
+        let build = |device: &config::Device| {
+            let body = match device {
+                config::Device::Balloon(balloon) => {
+                    Body::Balloon(Balloon::new(balloon, config.memory_mib, events.clone()))
+                }
+                other => {
+                    let (kind, name) = (other.kind().name(), other.name());
+                    return Err(Failure::generic(format!(
+                        "`{name}`: this machine has no {kind} devices"
+                    )));
+                }
+            };
+            Ok(Device {
+                name: device.name().to_owned(),
+                kind: device.kind(),
+                body,
+                channel: None,
+                wanted: true,
+            })
+        };
+        let all = config.devices.iter().map(build).collect::<Result<_, _>>()?;
+        Ok(Self { all })
+    }
+
+    /// Offers all devices on a new host.
+    pub(crate) fn begin(&mut self, host: &mut Host, vm: &Arc<dyn Vm>) {
+        for device in &mut self.all {
+            device.body.part_mut().begin(vm);
+            device.channel = None;
+            if device.wanted {
+                // A fresh host has room for more devices than a configuration can name.
+                let _ = device.offer(host);
+            }
+        }
+    }
+
+    /// The host is gone.
+    pub(crate) fn finish(&mut self) {
+        for device in &mut self.all {
+            device.channel = None;
+            device.body.part_mut().finish();
+        }
+    }
+
+    /// The names of the devices by their instances.
+    pub fn names(&self) -> BTreeMap<Guid, String> {
+        let pairs = self.all.iter();
+        pairs
+            .map(|device| (device.instance(), device.name.clone()))
+            .collect()
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Device> {
+        self.all.iter()
+    }
+
+    /// The device of this name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn find(&mut self, name: &str) -> Result<&mut Device, Failure> {
+        let found = self.all.iter_mut().find(|device| device.name == name);
+        found.ok_or_else(|| {
+            let desc = format!("there is no device `{name}`");
+            Failure::new(Class::DeviceNotFound, desc)
+        })
+    }
+
+    /// The one device for which `pick` finds something.
+    fn one<'a, T>(
+        &'a self,
+        kind: Kind,
+        pick: impl FnMut(&'a Device) -> Option<T>,
+    ) -> Result<T, Failure> {
+        self.all.iter().find_map(pick).ok_or_else(|| {
+            let desc = format!("this machine has no {} device", kind.name());
+            Failure::new(Class::DeviceNotFound, desc)
+        })
+    }
+
+    /// Dynamic memory.
+    ///
+    /// # Errors
+    /// When the machine has none.
+    pub fn balloon(&self) -> Result<&Balloon, Failure> {
+        self.one(Kind::Balloon, |device| match &device.body {
+            Body::Balloon(balloon) => Some(balloon),
+        })
+    }
+}
+
+impl Device {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What sort it is.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Its instance GUID.
+    pub fn instance(&self) -> Guid {
+        self.body.part().offer().instance
+    }
+
+    /// Whether the guest is offered it.
+    pub fn is_offered(&self, host: &mut Host) -> bool {
+        self.channel
+            .is_some_and(|channel| host.server().is_offered(channel))
+    }
+
+    /// What it has counted.
+    pub fn counters(&self) -> BTreeMap<String, u64> {
+        let counters = self.body.part().counters().into_iter();
+        counters
+            .map(|(name, count)| (name.to_owned(), count))
+            .collect()
+    }
+
+    /// Offers it.
+    ///
+    /// # Errors
+    /// When it is offered already, or the bus is full.
+    pub fn offer(&mut self, host: &mut Host) -> Result<(), Failure> {
+        let name = &self.name;
+        if self.is_offered(host) {
+            return Err(Failure::generic(format!("`{name}` is offered already")));
+        }
+        let part = self.body.part();
+        let channel = host.add(part.offer(), Observed::new(part.provider()));
+        let full = || Failure::generic(format!("there is no channel left for `{name}`"));
+        self.channel = Some(channel.ok_or_else(full)?);
+        self.wanted = true;
+        Ok(())
+    }
+
+    /// Takes it away.
+    ///
+    /// # Errors
+    /// When it is not offered.
+    pub fn rescind(&mut self, host: &mut Host) -> Result<(), Failure> {
+        let offered = self.is_offered(host);
+        self.wanted = false;
+        match self.channel.take().filter(|_| offered) {
+            Some(channel) if host.rescind(channel) => Ok(()),
+            _ => Err(self.not_offered()),
+        }
+    }
+
+    /// What goes wrong on its channels.
+    fn channel_faults(&self, host: &Host) -> Result<ChannelFaults, Failure> {
+        let faults = self.channel.and_then(|channel| host.faults(channel));
+        faults.ok_or_else(|| self.not_offered())
+    }
+
+    fn not_offered(&self) -> Failure {
+        let desc = format!("`{}` is not offered", self.name);
+        Failure::new(Class::DeviceNotActive, desc)
+    }
+}
