@@ -19,7 +19,7 @@ use crate::channel::HostChannel;
 use crate::faults::ChannelFaults;
 use crate::memory::GuestMemory;
 use crate::monitor::Watch;
-use crate::provider::{Link, Notify, Provider, Wish, Wishes};
+use crate::provider::{Connector, HostLink, Link, Lists, Notify, Provider, Wish, Wishes};
 
 /// Complaints and notices that are kept until somebody asks; the oldest go first.
 const KEPT: usize = 1024;
@@ -71,6 +71,10 @@ pub struct Host {
     /// How the next channel that is opened is answered.
     open_status: Status,
     wishes: Wishes,
+    /// What the guest's sockets connect to.
+    connector: Option<Box<dyn Connector>>,
+    /// Whether the connector is to be served.
+    connector_woken: bool,
 }
 
 struct Open {
@@ -97,12 +101,23 @@ impl Host {
             notices: VecDeque::new(),
             open_status: Status::SUCCESS,
             wishes: Wishes::default(),
+            connector: None,
+            connector_woken: false,
         }
     }
 
     /// Whom to tell when a provider asks for something: the owner then lets the host [`run`](Self::run).
     pub fn on_wish(&mut self, notify: Notify) {
         self.wishes.on_wish(notify);
+    }
+
+    /// Lets the guest connect to services of the host, and the host to those of the guest.
+    pub fn set_connector(&mut self, mut connector: impl Connector + 'static) {
+        connector.attached(HostLink::new(self.wishes.clone()));
+        if let Some(version) = self.server.version() {
+            connector.connected(version);
+        }
+        self.connector = Some(Box::new(connector));
     }
 
     /// Offers a device, served by `provider`. `None` when no channel number is free.
@@ -299,6 +314,7 @@ impl Host {
             ran.busy = true;
             self.handle(event);
         }
+        ran.busy |= self.connect(now);
         ran.busy |= self.look(now);
         for (id, open) in &mut self.open {
             if let Some(provider) = self.providers.get_mut(id).filter(|_| open.served) {
@@ -322,18 +338,42 @@ impl Host {
 
     /// Does what providers have asked for. Returns whether they had.
     fn fulfil(&mut self) -> bool {
-        let (woken, others) = self.wishes.take();
-        let busy = !woken.is_empty() || !others.is_empty();
+        let Lists {
+            woken,
+            connector,
+            others,
+        } = self.wishes.take();
+        let busy = !woken.is_empty() || connector || !others.is_empty();
         self.signalled.extend(woken);
-        for (id, wish) in others {
+        self.connector_woken |= connector;
+        for wish in others {
             match wish {
-                Wish::SubChannel(index, provider) => {
-                    self.add_sub_channel(id, index, provider);
+                Wish::SubChannel(primary, index, provider) => {
+                    self.add_sub_channel(primary, index, provider);
                 }
-                Wish::Rescind => {
+                Wish::Rescind(id) => {
                     self.rescind(id);
                 }
+                Wish::Offer(device, provider) => {
+                    if let Some(id) = self.server.add(*device) {
+                        self.attach(id, provider, ChannelFaults::default());
+                    }
+                }
+                Wish::Refuse(request) => self.server.refuse(request),
             }
+        }
+        busy
+    }
+
+    /// Serves the connector, if it has something to do. Returns whether it had.
+    fn connect(&mut self, now: u64) -> bool {
+        let woken = core::mem::take(&mut self.connector_woken);
+        let Some(connector) = &mut self.connector else {
+            return false;
+        };
+        let busy = woken || connector.deadline().is_some_and(|at| at <= now);
+        if busy {
+            connector.serve(now);
         }
         busy
     }
@@ -369,6 +409,10 @@ impl Host {
                 self.check_lent(handle);
             }
             Event::Disconnected => self.disconnected(),
+            Event::Connect(request) => match &mut self.connector {
+                Some(connector) => connector.requested(request),
+                None => self.server.refuse(request),
+            },
             Event::GpadlCreated(handle) => {
                 let lent = self.server.gpadls().get(handle);
                 if let Some(lent) = lent.filter(|lent| !lent.is_revoked()) {
@@ -386,6 +430,9 @@ impl Host {
                 self.watch = pages.and_then(|pages| Watch::new(&self.memory, pages));
                 if pages.is_some() && self.watch.is_none() {
                     self.complain("the monitor pages are not shared");
+                }
+                if let Some(connector) = &mut self.connector {
+                    connector.connected(version);
                 }
                 self.note(Notice::Connected(version));
             }
@@ -414,6 +461,9 @@ impl Host {
         let gone = self.providers.keys().copied();
         let gone: Vec<_> = gone.filter(|id| !self.server.is_offered(*id)).collect();
         gone.into_iter().for_each(|id| self.detach(id));
+        if let Some(connector) = &mut self.connector {
+            connector.disconnected();
+        }
         self.note(Notice::Disconnected);
     }
 

@@ -8,8 +8,9 @@ use core::fmt;
 use core::num::NonZeroU16;
 
 use vmbus::ids::ChannelId;
-use vmbus::protocol::Status;
+use vmbus::protocol::{Status, Version};
 
+use crate::bus::{ConnectRequest, Device};
 use crate::channel::HostChannel;
 use crate::sync::Mutex;
 
@@ -34,6 +35,30 @@ pub trait Provider: Send {
     fn closed(&mut self) {}
 
     /// When [`serve`](Self::serve) wants to be called without anything in the ring, in reference time.
+    fn deadline(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// What answers a guest that wants to connect to services of the host, and connects to the guest's: sockets over
+/// VMBus, each a channel of its own.
+pub trait Connector: Send {
+    /// It is on a host. `link` offers channels.
+    fn attached(&mut self, _link: HostLink) {}
+
+    /// The guest has connected to the bus, with this version.
+    fn connected(&mut self, _version: Version) {}
+
+    /// The guest asks for a connection: to be offered or refused by the link, now or later.
+    fn requested(&mut self, request: ConnectRequest);
+
+    /// It was woken, or its [`deadline`](Self::deadline) has come. `now` is reference time in units of 100 ns.
+    fn serve(&mut self, now: u64);
+
+    /// The guest has left the bus: what it asked for is void.
+    fn disconnected(&mut self) {}
+
+    /// When [`serve`](Self::serve) wants to be called.
     fn deadline(&self) -> Option<u64> {
         None
     }
@@ -76,23 +101,53 @@ impl Link {
     /// Offers a further channel of this device, as a device does whose protocol was asked for it. One whose index
     /// is taken is not offered.
     pub fn add_sub_channel(&self, index: NonZeroU16, provider: Box<dyn Provider>) {
-        self.wish(Wish::SubChannel(index, provider));
+        let primary = self.channel;
+        self.wishes.wish(Wish::SubChannel(primary, index, provider));
     }
 
     /// Takes the channel away; with a primary channel its sub-channels.
     pub fn rescind(&self) {
-        self.wish(Wish::Rescind);
-    }
-
-    fn wish(&self, wish: Wish) {
-        self.wishes.0.lists.lock().others.push((self.channel, wish));
-        self.wishes.notify();
+        self.wishes.wish(Wish::Rescind(self.channel));
     }
 }
 
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Link({:?})", self.channel)
+    }
+}
+
+/// How a [`Connector`] asks its host for something, from any thread. Clones are the same.
+#[derive(Clone)]
+pub struct HostLink {
+    wishes: Wishes,
+}
+
+impl HostLink {
+    pub(crate) const fn new(wishes: Wishes) -> Self {
+        Self { wishes }
+    }
+
+    /// Has the connector served soon.
+    pub fn wake(&self) {
+        self.wishes.0.lists.lock().connector = true;
+        self.wishes.notify();
+    }
+
+    /// Offers a channel. When no channel number is free, the provider is dropped without having been attached.
+    pub fn offer(&self, device: Device, provider: Box<dyn Provider>) {
+        self.wishes.wish(Wish::Offer(Box::new(device), provider));
+    }
+
+    /// Tells the guest that nobody accepts its connection.
+    pub fn refuse(&self, request: ConnectRequest) {
+        self.wishes.wish(Wish::Refuse(request));
+    }
+}
+
+impl fmt::Debug for HostLink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("HostLink")
     }
 }
 
@@ -110,15 +165,20 @@ struct Shared {
 pub type Notify = Arc<dyn Fn() + Send + Sync>;
 
 #[derive(Default)]
-struct Lists {
-    woken: BTreeSet<ChannelId>,
-    others: Vec<(ChannelId, Wish)>,
+pub(crate) struct Lists {
+    /// Channels to serve.
+    pub(crate) woken: BTreeSet<ChannelId>,
+    /// The connector is to be served.
+    pub(crate) connector: bool,
+    pub(crate) others: Vec<Wish>,
 }
 
 /// What is asked for besides being served.
 pub(crate) enum Wish {
-    SubChannel(NonZeroU16, Box<dyn Provider>),
-    Rescind,
+    SubChannel(ChannelId, NonZeroU16, Box<dyn Provider>),
+    Rescind(ChannelId),
+    Offer(Box<Device>, Box<dyn Provider>),
+    Refuse(ConnectRequest),
 }
 
 impl Wishes {
@@ -127,10 +187,13 @@ impl Wishes {
     }
 
     /// Takes what has been asked for so far.
-    pub(crate) fn take(&self) -> (BTreeSet<ChannelId>, Vec<(ChannelId, Wish)>) {
-        let mut lists = self.0.lists.lock();
-        let Lists { woken, others } = &mut *lists;
-        (core::mem::take(woken), core::mem::take(others))
+    pub(crate) fn take(&self) -> Lists {
+        core::mem::take(&mut *self.0.lists.lock())
+    }
+
+    fn wish(&self, wish: Wish) {
+        self.0.lists.lock().others.push(wish);
+        self.notify();
     }
 
     fn notify(&self) {

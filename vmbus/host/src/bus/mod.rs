@@ -21,7 +21,7 @@ use vmbus::protocol::message::{
     AllOffersDelivered, CloseChannel, GpadlBody, GpadlCreated, GpadlHeader, GpadlTeardown,
     GpadlTorndown, InitiateContact, ModifyChannel, ModifyChannelResponse, OfferChannel,
     OpenChannel, OpenChannelResult, RelidReleased, RescindChannelOffer, ResponseFeatures,
-    UnloadComplete, VersionResponse,
+    TlConnectRequest, TlConnectResult, UnloadComplete, VersionResponse,
 };
 use vmbus::protocol::monitor::{MonitorId, MonitorPages};
 use vmbus::protocol::sizes::{Direction, MessageInfo};
@@ -133,6 +133,8 @@ pub enum Event {
         /// The VP.
         target_vp: VpIndex,
     },
+    /// The guest wants to connect to a service of the host: offer a channel, or [`Server::refuse`].
+    Connect(ConnectRequest),
     /// A GPADL exists.
     GpadlCreated(GpadlHandle),
     /// A GPADL is gone.
@@ -149,6 +151,18 @@ pub enum Event {
         reason: &'static str,
     },
 }
+
+/// A guest's wish to connect to a service of the host (spec hvsock.md 2).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct ConnectRequest {
+    /// The guest's end, picked by the guest.
+    pub endpoint: Guid,
+    /// The service.
+    pub service: Guid,
+}
+
+/// The status of a connection that nobody accepts (spec hvsock.md 2).
+const CONNECTION_REFUSED: Status = Status(0xC000_0236);
 
 /// The target VP of a channel whose interrupts the guest does not want (spec vmbus.md 3.2).
 pub const NO_INTERRUPTS: VpIndex = VpIndex(u32::MAX);
@@ -419,6 +433,17 @@ impl Server {
         self.finish_teardowns();
     }
 
+    /// Answers [`Event::Connect`]: nobody listens. Guests before version 4.1 are not told and have to wait in vain.
+    pub fn refuse(&mut self, request: ConnectRequest) {
+        if self.version() >= Some(Version::V4_1) {
+            self.send(&TlConnectResult {
+                endpoint: request.endpoint,
+                service: request.service,
+                status: U32::new(CONNECTION_REFUSED.0),
+            });
+        }
+    }
+
     /// The ranges of a GPADL that exists.
     pub fn gpadl(&self, handle: GpadlHandle) -> Option<&[Range]> {
         self.gpadls.get(&handle)?.ranges()
@@ -587,6 +612,8 @@ impl Server {
         let info = info.ok_or(with("not for a host"))?;
         match info.size(connection.version, connection.features) {
             None => return Err(with("not of this version")),
+            // A guest may leave the silo out (spec hvsock.md 2).
+            Some(_) if kind == MessageType::TL_CONNECT_REQUEST => {}
             Some(size) if payload.len() < size => return Err(with("too short")),
             Some(_) => {}
         }
@@ -599,6 +626,14 @@ impl Server {
             MessageType::CLOSE_CHANNEL => self.close(body(payload)?.0),
             MessageType::RELID_RELEASED => self.released(body(payload)?.0),
             MessageType::MODIFY_CHANNEL => self.modify(body(payload)?.0),
+            MessageType::TL_CONNECT_REQUEST => {
+                let (request, _) = body::<TlConnectRequest>(payload)?;
+                self.events.push_back(Event::Connect(ConnectRequest {
+                    endpoint: request.endpoint,
+                    service: request.service,
+                }));
+                Ok(())
+            }
             MessageType::UNLOAD => {
                 self.disconnect();
                 self.send(&UnloadComplete {});
