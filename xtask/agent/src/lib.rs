@@ -10,7 +10,13 @@
 #![deny(unsafe_code)]
 
 #[cfg(target_os = "linux")]
+mod files;
+pub mod flow;
+#[cfg(target_os = "linux")]
 mod priority;
 pub mod protocol;
 #[cfg(target_os = "linux")]
 pub mod server;
+pub mod streams;
+#[cfg(target_os = "linux")]
+mod vm;

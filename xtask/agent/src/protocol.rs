@@ -1,9 +1,10 @@
-//! The words between `xtask` and an agent: requests, answers and events, each
-//! in a frame of its own.
+//! The words between `xtask` and an agent: requests, answers, events and the
+//! pieces of streams, each in a frame of its own.
 //!
 //! A frame is a little-endian `u32` length and that many bytes of postcard.
-//! Every request carries an id and gets exactly one answer with the same id;
-//! events come unasked, in the order in which they happened.
+//! Every request carries an id and gets exactly one answer with the same id, not
+//! always in their order; events come unasked, in the order in which they happened.
+//! Streams ([`crate::flow`]) run both ways beside them.
 
 use std::io::{self, Read, Write};
 
@@ -18,6 +19,15 @@ pub const CHUNK: usize = 128 << 10;
 /// Names a VM for as long as the agent runs; chosen by the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct VmId(pub u32);
+
+/// Names a stream for as long as it is open. The client chooses even numbers, the
+/// agent odd ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct StreamId(pub u32);
+
+/// Names a listening socket for as long as the agent runs; chosen by the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ListenerId(pub u32);
 
 /// Pairs an answer with its request; chosen by the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -34,20 +44,27 @@ pub enum Request {
         /// Position of the first byte.
         offset: u64,
         /// At most [`CHUNK`] bytes.
+        #[serde(with = "serde_bytes")]
         data: Vec<u8>,
+        /// Whether the file is a program.
+        executable: bool,
     },
-    /// Starts a VM: runs `program` in the agent's directory. Its standard
-    /// output is the guest's console; the agent adds the arguments that give
-    /// it a QMP monitor.
+    /// Starts a VM: runs `program`, QEMU or the test machine, in the agent's
+    /// directory. Its standard output is the guest's console, its standard input
+    /// what [`Target::Input`] leads to, and its descriptor [`CONTROL_FD`] the
+    /// stream of its QMP-shaped control.
     Start {
         /// The VM's name from here on.
         vm: VmId,
         /// Program and leading arguments (a loader, its options, QEMU).
         program: Vec<String>,
-        /// QEMU's arguments.
+        /// Its further arguments.
         arguments: Vec<String>,
+        /// Whether, in a machine of the agent's own, the program's first thread
+        /// goes before those that it makes. QEMU needs that, see `priority`.
+        first_thread_first: bool,
     },
-    /// Sends one line to a VM's QMP monitor.
+    /// Sends one line to a VM's control.
     Qmp {
         /// The VM.
         vm: VmId,
@@ -71,10 +88,52 @@ pub enum Request {
         /// Absolute path.
         path: String,
         /// Everything that is written, in one piece.
+        #[serde(with = "serde_bytes")]
         data: Vec<u8>,
+    },
+    /// Opens a stream to something on the agent's system.
+    Open {
+        /// The stream's name from here on.
+        stream: StreamId,
+        /// Where it leads.
+        to: Target,
+    },
+    /// Listens on a new Unix socket of the agent's system; each connection comes as
+    /// an [`Event::Incoming`].
+    Listen {
+        /// The listener's name from here on.
+        listener: ListenerId,
+        /// Path of the socket; in the agent's directory unless absolute.
+        path: String,
     },
     /// Ends the agent, and with it the machine that it is the first process of.
     PowerOff,
+}
+
+/// Where a stream of the client leads.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Target {
+    /// A Unix socket; its path is in the agent's directory unless absolute.
+    Socket(String),
+    /// A VM's standard input. There is one such stream in a VM's life.
+    Input(VmId),
+    /// A new FUSE file system at this absolute path, in a machine of the agent's own.
+    /// The agent sends the kernel's requests and the client answers them, each with its
+    /// length first, as FUSE has it.
+    Files(String),
+}
+
+/// One piece of a stream, either way. Rules and bounds are [`crate::flow`]'s.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Piece {
+    /// The next bytes, 1 to [`CHUNK`].
+    Data(#[serde(with = "serde_bytes")] Vec<u8>),
+    /// The receiver of data took so many bytes out of the way: as many more may come.
+    Credit(u32),
+    /// No more data will come from this side.
+    End,
+    /// The stream is broken off both ways; last piece.
+    Reset,
 }
 
 /// What the agent says.
@@ -97,6 +156,7 @@ pub enum Event {
         /// The request.
         id: RequestId,
         /// The next bytes.
+        #[serde(with = "serde_bytes")]
         data: Vec<u8>,
     },
     /// The guest wrote to its console.
@@ -106,16 +166,18 @@ pub enum Event {
         /// Time of arrival.
         at: Nanoseconds,
         /// Raw bytes.
+        #[serde(with = "serde_bytes")]
         data: Vec<u8>,
     },
-    /// QEMU wrote to its standard error.
+    /// The VM's program wrote to its standard error.
     Complaint {
         /// The VM.
         vm: VmId,
         /// Raw bytes.
+        #[serde(with = "serde_bytes")]
         data: Vec<u8>,
     },
-    /// The QMP monitor said something: answer or event.
+    /// The VM's control said something: answer or event.
     Qmp {
         /// The VM.
         vm: VmId,
@@ -133,10 +195,41 @@ pub enum Event {
         /// Exit status, or `None` when a signal ended it.
         status: Option<i32>,
     },
+    /// Somebody has connected to a socket that is listened on.
+    Incoming {
+        /// The listener.
+        listener: ListenerId,
+        /// The stream to the one who connected, open at once.
+        stream: StreamId,
+    },
+    /// A piece of a stream.
+    Piece {
+        /// The stream.
+        stream: StreamId,
+        /// The piece.
+        piece: Piece,
+    },
+}
+
+/// What the client says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Call {
+    /// A request, to be answered.
+    Request(Numbered),
+    /// A piece of a stream.
+    Piece {
+        /// The stream.
+        stream: StreamId,
+        /// The piece.
+        piece: Piece,
+    },
 }
 
 /// Version of these words; client and agent must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
+
+/// File descriptor on which a VM's program finds the stream of its control.
+pub const CONTROL_FD: i32 = 3;
 
 /// Nanoseconds of the agent's clock, since the agent started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -197,6 +290,8 @@ fn invalid(what: &str) -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use proptest::{collection::vec, prelude::*};
+
     use super::*;
 
     fn round(event: &Event) -> Event {
@@ -217,6 +312,10 @@ mod tests {
             Event::Answer {
                 id: RequestId(9),
                 result: Err("no such file".into()),
+            },
+            Event::Incoming {
+                listener: ListenerId(1),
+                stream: StreamId(3),
             },
         ] {
             assert_eq!(round(&event), event);
@@ -251,5 +350,65 @@ mod tests {
             receive::<Event>(&mut stream).unwrap_err().kind(),
             io::ErrorKind::InvalidData
         );
+    }
+
+    fn piece() -> impl Strategy<Value = Piece> {
+        prop_oneof![
+            vec(any::<u8>(), 0..CHUNK / 64).prop_map(Piece::Data),
+            any::<u32>().prop_map(Piece::Credit),
+            Just(Piece::End),
+            Just(Piece::Reset),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_come_back_as_they_went_one_by_one(pieces in vec((any::<u32>(), piece()), 0..20)) {
+            let calls: Vec<_> = pieces
+                .into_iter()
+                .map(|(stream, piece)| Call::Piece { stream: StreamId(stream), piece })
+                .collect();
+            let mut stream = Vec::new();
+            for call in &calls {
+                send(&mut stream, call).unwrap();
+            }
+            let mut rest = stream.as_slice();
+            for call in &calls {
+                let back = receive::<Call>(&mut rest).unwrap();
+                prop_assert_eq!(back.as_ref(), Some(call));
+            }
+            prop_assert!(receive::<Call>(&mut rest).unwrap().is_none());
+        }
+
+        #[test]
+        fn any_bytes_are_frames_or_an_error_and_always_come_to_an_end(
+            bytes in vec(any::<u8>(), 0..400),
+            lengths_are_right: bool,
+        ) {
+            let mut stream = bytes.clone();
+            if lengths_are_right {
+                let length = u32::try_from(bytes.len()).unwrap();
+                stream.splice(0..0, length.to_le_bytes());
+            }
+            let mut calls = stream.as_slice();
+            while let Ok(Some(_)) = receive::<Call>(&mut calls) {}
+            let mut events = stream.as_slice();
+            while let Ok(Some(_)) = receive::<Event>(&mut events) {}
+        }
+
+        #[test]
+        fn a_stream_cut_anywhere_is_told_from_one_that_has_ended(
+            data in vec(any::<u8>(), 0..100),
+            cut: prop::sample::Index,
+        ) {
+            let mut stream = Vec::new();
+            send(&mut stream, &Piece::Data(data)).unwrap();
+            let cut = cut.index(stream.len());
+            let result = receive::<Piece>(&mut &stream[..cut]);
+            match cut {
+                0 => prop_assert!(matches!(result, Ok(None))),
+                _ => prop_assert!(result.is_err()),
+            }
+        }
     }
 }

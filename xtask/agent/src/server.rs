@@ -3,25 +3,29 @@
 use std::{
     collections::HashMap,
     fs,
-    io::{self, BufRead, BufReader, Read, Write},
-    os::{fd::OwnedFd, unix::net::UnixStream},
+    io::{self, Read, Write},
+    os::{
+        fd::AsFd,
+        unix::{
+            fs::{FileExt, OpenOptionsExt},
+            net::{UnixListener, UnixStream},
+        },
+    },
     path::{Path, PathBuf},
-    process::{Command, Stdio},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::Instant,
 };
 
-use command_fds::{CommandFdExt, FdMapping};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-
-use crate::priority;
-use crate::protocol::{
-    CHUNK, Event, Nanoseconds, Numbered, Request, RequestId, VERSION, VmId, receive, send,
+use crate::{
+    files,
+    protocol::{
+        CHUNK, Call, Event, ListenerId, Nanoseconds, Numbered, Request, RequestId, StreamId,
+        Target, VERSION, VmId, receive, send,
+    },
+    streams::{End, Side, Streams},
+    vm::{Program, Running},
 };
-
-/// File descriptor on which QEMU finds its QMP monitor's stream.
-const QMP_FD: i32 = 3;
 
 /// How serving ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,16 +47,27 @@ pub fn serve(
     output: impl Write + Send + 'static,
     directory: &Path,
 ) -> io::Result<Ending> {
+    let out = Out {
+        stream: Arc::new(Mutex::new(Box::new(output))),
+        start: Instant::now(),
+    };
+    let link = out.clone();
+    let streams = Streams::new(Side::Agent, move |stream, piece| {
+        link.event(&Event::Piece { stream, piece })
+    });
     let mut server = Server {
-        out: Out {
-            stream: Arc::new(Mutex::new(Box::new(output))),
-            start: Instant::now(),
-        },
+        out,
         directory: directory.to_owned(),
         vms: HashMap::new(),
+        streams,
+        listeners: HashMap::new(),
     };
     server.out.event(&Event::Hello { version: VERSION })?;
     let ending = server.run(&mut input);
+    for (_, listener) in server.listeners.drain() {
+        listener.end();
+    }
+    server.streams.close();
     for (_, vm) in server.vms.drain() {
         vm.end();
     }
@@ -63,39 +78,62 @@ struct Server {
     out: Out,
     directory: PathBuf,
     vms: HashMap<VmId, Running>,
+    streams: Streams,
+    listeners: HashMap<ListenerId, Listener>,
 }
 
 impl Server {
     fn run(&mut self, input: &mut impl Read) -> io::Result<Ending> {
-        while let Some(Numbered { id, request }) = receive(input)? {
-            if request == Request::PowerOff {
-                self.answer(id, Ok(()))?;
-                return Ok(Ending::PowerOff);
-            }
-            let result = self.carry_out(id, request);
-            self.answer(id, result)?;
+        while let Some(call) = receive(input)? {
+            let Numbered { id, request } = match call {
+                Call::Request(request) => request,
+                Call::Piece { stream, piece } => {
+                    self.streams.receive(stream, piece);
+                    continue;
+                }
+            };
+            let result = match request {
+                Request::PowerOff => {
+                    self.out.answer(id, Ok(()))?;
+                    return Ok(Ending::PowerOff);
+                }
+                Request::Open { stream, to } => {
+                    self.open(id, stream, to);
+                    continue;
+                }
+                request => self.carry_out(id, request),
+            };
+            self.out.answer(id, result)?;
         }
         Ok(Ending::Closed)
     }
 
-    fn answer(&self, id: RequestId, result: Result<(), String>) -> io::Result<()> {
-        self.out.event(&Event::Answer { id, result })
-    }
-
     fn carry_out(&mut self, id: RequestId, request: Request) -> Result<(), String> {
         match request {
-            Request::Put { name, offset, data } => self
-                .put(&name, offset, &data)
+            Request::Put {
+                name,
+                offset,
+                data,
+                executable,
+            } => self
+                .put(&name, offset, &data, executable)
                 .map_err(|error| format!("cannot write {name}: {error}")),
             Request::Start {
                 vm,
                 program,
                 arguments,
-            } => self.start(vm, &program, &arguments),
+                first_thread_first,
+            } => self.start(
+                vm,
+                &Program {
+                    words: [program, arguments].concat(),
+                    first_thread_first,
+                },
+            ),
             Request::Qmp { vm, line } => self
                 .vm(vm)?
                 .say(&line)
-                .map_err(|error| format!("the QMP monitor does not listen: {error}")),
+                .map_err(|error| format!("its control does not listen: {error}")),
             Request::Kill { vm } => {
                 self.vm(vm)?.kill();
                 Ok(())
@@ -109,7 +147,11 @@ impl Server {
                 .open(&path)
                 .and_then(|mut file| file.write_all(&data))
                 .map_err(|error| format!("cannot write {path}: {error}")),
-            Request::PowerOff => Ok(()),
+            Request::Listen { listener, path } => self
+                .listen(listener, &path)
+                .map_err(|error| format!("cannot listen at {path}: {error}")),
+            // These two are not answered here.
+            Request::Open { .. } | Request::PowerOff => Ok(()),
         }
     }
 
@@ -119,16 +161,21 @@ impl Server {
             .ok_or_else(|| format!("there is no VM {}", vm.0))
     }
 
-    fn put(&self, name: &str, offset: u64, data: &[u8]) -> io::Result<()> {
-        use std::os::unix::fs::FileExt;
+    fn put(&self, name: &str, offset: u64, data: &[u8], executable: bool) -> io::Result<()> {
         if name.is_empty() || name.contains('/') || name.starts_with('.') {
             return Err(io::Error::other("not a plain file name"));
+        }
+        let path = self.directory.join(name);
+        // A program that runs can be replaced but not changed.
+        if offset == 0 && executable && path.exists() {
+            fs::remove_file(&path)?;
         }
         let file = fs::OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(offset == 0)
-            .open(self.directory.join(name))?;
+            .mode(if executable { 0o755 } else { 0o644 })
+            .open(path)?;
         file.write_all_at(data, offset)
     }
 
@@ -147,189 +194,125 @@ impl Server {
         }
     }
 
-    fn start(&mut self, vm: VmId, program: &[String], arguments: &[String]) -> Result<(), String> {
+    fn start(&mut self, vm: VmId, program: &Program) -> Result<(), String> {
         if self.vms.contains_key(&vm) {
             return Err(format!("VM {} exists already", vm.0));
         }
-        let running = Running::start(vm, program, arguments, &self.directory, &self.out)
-            .map_err(|error| format!("cannot start QEMU: {error}"))?;
+        let running = Running::start(vm, program, &self.directory, &self.out)
+            .map_err(|error| format!("cannot start it: {error}"))?;
         self.vms.insert(vm, running);
         Ok(())
+    }
+
+    /// Opens a stream and answers. Connecting may have to wait for the one who listens,
+    /// so it is done aside.
+    fn open(&mut self, id: RequestId, stream: StreamId, to: Target) {
+        let begin = |error: io::Error| format!("cannot open a stream: {error}");
+        if let Err(error) = self.streams.announce(stream).map_err(begin) {
+            // A client that has gone hears nothing.
+            return drop(self.out.answer(id, Err(error)));
+        }
+        let (streams, out) = (self.streams.clone(), self.out.clone());
+        let finish = move |end: Result<End, String>| match end {
+            Ok(end) => {
+                drop(out.answer(id, Ok(())));
+                streams.join(stream, end);
+            }
+            Err(reason) => {
+                streams.forget(stream);
+                drop(out.answer(id, Err(reason)));
+            }
+        };
+        match to {
+            Target::Socket(path) => {
+                let place = self.directory.join(&path);
+                thread::spawn(move || {
+                    let end = UnixStream::connect(place).and_then(End::of_socket);
+                    finish(end.map_err(|error| format!("cannot connect to {path}: {error}")));
+                });
+            }
+            Target::Input(vm) => {
+                let input = match self.vms.get_mut(&vm) {
+                    Some(vm) => vm.take_input(),
+                    None => Err(format!("there is no VM {}", vm.0)),
+                };
+                finish(input);
+            }
+            Target::Files(directory) => finish(
+                files::mount(&directory)
+                    .map_err(|error| format!("cannot mount FUSE at {directory}: {error}")),
+            ),
+        }
+    }
+
+    fn listen(&mut self, id: ListenerId, path: &str) -> io::Result<()> {
+        if self.listeners.contains_key(&id) {
+            return Err(io::Error::other(format!(
+                "listener {} exists already",
+                id.0
+            )));
+        }
+        let socket = Arc::new(UnixListener::bind(self.directory.join(path))?);
+        let (streams, out) = (self.streams.clone(), self.out.clone());
+        let accepting = socket.clone();
+        let thread = thread::spawn(move || {
+            for connection in accepting.incoming() {
+                let Ok(connection) = connection else { return };
+                // With too many streams open the connection is closed at once.
+                let Ok(stream) = streams.reserve() else {
+                    continue;
+                };
+                let said = out.event(&Event::Incoming {
+                    listener: id,
+                    stream,
+                });
+                match (said, End::of_socket(connection)) {
+                    (Ok(()), Ok(end)) => streams.join(stream, end),
+                    (Ok(()), Err(_)) => streams.reset(stream),
+                    (Err(_), _) => return,
+                }
+            }
+        });
+        self.listeners.insert(id, Listener { socket, thread });
+        Ok(())
+    }
+}
+
+/// A listening socket and the thread that accepts its connections.
+struct Listener {
+    socket: Arc<UnixListener>,
+    thread: thread::JoinHandle<()>,
+}
+
+impl Listener {
+    fn end(self) {
+        // Wakes the thread. It fails only for a socket that is none.
+        let _ = rustix::net::shutdown(self.socket.as_fd(), rustix::net::Shutdown::Both);
+        drop(self.thread.join());
     }
 }
 
 /// Where events go; every thread of the agent has one.
 #[derive(Clone)]
-struct Out {
+pub(crate) struct Out {
     stream: Arc<Mutex<Box<dyn Write + Send>>>,
     start: Instant,
 }
 
 impl Out {
-    fn event(&self, event: &Event) -> io::Result<()> {
+    /// Says it.
+    pub(crate) fn event(&self, event: &Event) -> io::Result<()> {
         send(&mut *lock(&self.stream), event)
     }
 
-    fn now(&self) -> Nanoseconds {
+    /// The agent's clock.
+    pub(crate) fn now(&self) -> Nanoseconds {
         Nanoseconds(u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX))
     }
-}
 
-/// A VM's process. The thread that started it waits for it, so that a
-/// parent-death signal, which follows the thread, means the whole agent.
-struct Running {
-    qmp: UnixStream,
-    process: OwnedFd,
-    waiter: thread::JoinHandle<()>,
-}
-
-impl Running {
-    fn start(
-        vm: VmId,
-        program: &[String],
-        arguments: &[String],
-        directory: &Path,
-        out: &Out,
-    ) -> io::Result<Self> {
-        let (first, rest) = program
-            .split_first()
-            .ok_or_else(|| io::Error::other("no program given"))?;
-        let (qmp, far_end) = UnixStream::pair()?;
-        let mut command = Command::new(first);
-        command
-            .args(rest)
-            .args(arguments)
-            .arg("-chardev")
-            .arg(format!("socket,id=qmp,fd={QMP_FD}"))
-            .args(["-mon", "chardev=qmp,mode=control"])
-            .current_dir(directory)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .fd_mappings(vec![FdMapping {
-                parent_fd: OwnedFd::from(far_end),
-                child_fd: QMP_FD,
-            }])
-            .map_err(io::Error::other)?;
-
-        let monitor = qmp.try_clone()?;
-        let out = out.clone();
-        let (started, has_started) = mpsc::channel();
-        let waiter = thread::spawn(move || {
-            let child = command.spawn().and_then(|child| {
-                // As the first process: in the test machine.
-                if std::process::id() == 1 {
-                    priority::prefer(child.id())?;
-                }
-                Ok(child)
-            });
-            // The command owns the monitor's far end; with it gone, QEMU's end is
-            // the only one and the reader sees QEMU go.
-            drop(command);
-            let mut child = match child.and_then(|child| Ok((pidfd(&child)?, child))) {
-                Ok((process, child)) => {
-                    drop(started.send(Ok(process)));
-                    child
-                }
-                Err(error) => {
-                    drop(started.send(Err(error)));
-                    return;
-                }
-            };
-            let stdout = child.stdout.take();
-            let stderr = child.stderr.take();
-            let readers = [
-                stdout.map(|pipe| forward_console(vm, pipe, out.clone())),
-                stderr.map(|pipe| forward_complaints(vm, pipe, out.clone())),
-                Some(forward_qmp(vm, monitor, out.clone())),
-            ];
-            // The pipes end when the process does, so what it said comes first.
-            for reader in readers.into_iter().flatten() {
-                drop(reader.join());
-            }
-            let status = child.wait().ok().and_then(|status| status.code());
-            drop(out.event(&Event::Exited {
-                vm,
-                at: out.now(),
-                status,
-            }));
-        });
-        let process = has_started
-            .recv()
-            .map_err(|_| io::Error::other("its thread has died"))??;
-        Ok(Self {
-            qmp,
-            process,
-            waiter,
-        })
+    fn answer(&self, id: RequestId, result: Result<(), String>) -> io::Result<()> {
+        self.event(&Event::Answer { id, result })
     }
-
-    fn say(&self, line: &str) -> io::Result<()> {
-        (&self.qmp).write_all(format!("{line}\n").as_bytes())
-    }
-
-    fn kill(&self) {
-        // It fails for a process that has ended already, which is what is wanted.
-        let _ = pidfd_send_signal(&self.process, Signal::KILL);
-    }
-
-    fn end(self) {
-        self.kill();
-        drop(self.waiter.join());
-    }
-}
-
-fn pidfd(child: &std::process::Child) -> io::Result<OwnedFd> {
-    let pid = i32::try_from(child.id())
-        .ok()
-        .and_then(Pid::from_raw)
-        .ok_or_else(|| io::Error::other("it has no process id"))?;
-    Ok(pidfd_open(pid, PidfdFlags::empty())?)
-}
-
-fn forward_console(vm: VmId, pipe: impl Read + Send + 'static, out: Out) -> thread::JoinHandle<()> {
-    forward(pipe, move |data| {
-        out.event(&Event::Console {
-            vm,
-            at: out.now(),
-            data,
-        })
-    })
-}
-
-fn forward_complaints(
-    vm: VmId,
-    pipe: impl Read + Send + 'static,
-    out: Out,
-) -> thread::JoinHandle<()> {
-    forward(pipe, move |data| out.event(&Event::Complaint { vm, data }))
-}
-
-/// Reads to the end even when nobody listens any more: a full pipe would hold
-/// up the process.
-fn forward(
-    mut pipe: impl Read + Send + 'static,
-    say: impl Fn(Vec<u8>) -> io::Result<()> + Send + 'static,
-) -> thread::JoinHandle<()> {
-    thread::spawn(move || {
-        let mut buffer = vec![0; CHUNK];
-        while let Ok(length @ 1..) = pipe.read(&mut buffer) {
-            drop(say(buffer.get(..length).unwrap_or_default().to_vec()));
-        }
-    })
-}
-
-fn forward_qmp(vm: VmId, monitor: UnixStream, out: Out) -> thread::JoinHandle<()> {
-    thread::spawn(move || {
-        for line in BufReader::new(monitor).lines() {
-            let Ok(line) = line else { return };
-            drop(out.event(&Event::Qmp {
-                vm,
-                at: out.now(),
-                line,
-            }));
-        }
-    })
 }
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -19,8 +19,8 @@ const KERNEL_TARGET: &str = "x86_64-unknown-none";
 /// Target of the EFI boot loader.
 const EFI_TARGET: &str = "x86_64-unknown-uefi";
 
-/// Target of the test machine's agent: linked statically, runs on any Linux.
-const AGENT_TARGET: &str = "x86_64-unknown-linux-musl";
+/// Target of what runs VMs, agent and test machine: linked statically, runs on any Linux.
+const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
 
 /// How cargo optimises.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,9 +77,14 @@ pub fn build_efi(
     Ok(own)
 }
 
-/// Builds the test machine's agent.
+/// Builds the nested machine's agent.
 pub fn build_agent(workspace: &Workspace) -> Result<PathBuf> {
-    cargo(workspace, "agent", AGENT_TARGET, Profile::Release, &[])
+    cargo(workspace, "agent", STATIC_TARGET, Profile::Release, &[])
+}
+
+/// Builds the test machine.
+pub fn build_vmm(workspace: &Workspace) -> Result<PathBuf> {
+    cargo(workspace, "vmm", STATIC_TARGET, Profile::Release, &[])
 }
 
 /// Builds one package for one target; gives the path of its executable.
@@ -118,7 +123,8 @@ fn cargo(
     let mut executable = None;
     for message in Message::parse_stream(BufReader::new(output)) {
         if let Message::CompilerArtifact(artifact) = message?
-            && artifact.target.name == package
+            && (artifact.target.name == package
+                || artifact.target.name == format!("enlit-{package}"))
         {
             executable = artifact.executable.or(executable);
         }

@@ -5,7 +5,7 @@ mod strip;
 mod symbolise;
 
 pub use self::{
-    build::{Guest, Profile, build, build_agent, build_efi},
+    build::{Guest, Profile, build, build_agent, build_efi, build_vmm},
     strip::strip,
     symbolise::Symboliser,
 };

@@ -1,4 +1,6 @@
-//! What a VM is made of, and QEMU's arguments for it.
+//! What a VM on QEMU is made of, and QEMU's arguments for it.
+
+use agent::protocol::CONTROL_FD;
 
 /// Accelerator, and with it whether Hyper-V is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,6 +93,7 @@ impl VmConfig {
             "-action reboot=shutdown,panic=exit-failure".into(),
             format!("-m {} -smp {}", self.memory, self.cpus),
             format!("-device isa-debug-exit,iobase={DEBUG_EXIT:#x},iosize=4"),
+            format!("-chardev socket,id=qmp,fd={CONTROL_FD} -mon chardev=qmp,mode=control"),
         ];
         match accelerator {
             Accelerator::KvmHyperV => {

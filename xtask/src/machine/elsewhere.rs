@@ -45,7 +45,7 @@ pub mod nested {
 
     impl Image {
         /// Fails.
-        pub fn prepare(_: &Path, _: &Qemu, _: &Path, _: &Path) -> Result<Self> {
+        pub fn prepare(_: &Path, _: Option<&Qemu>, _: &Path, _: &Path) -> Result<Self> {
             bail!("VMs are run on Linux only")
         }
 

@@ -1,9 +1,9 @@
 //! The client's end of an agent's stream: requests go out, answers and events
-//! come in and are sorted by VM.
+//! come in and are sorted by VM; streams run beside them.
 
 use std::{
     collections::HashMap,
-    io::{Read, Write},
+    io::{self, Read, Write},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, Ordering},
@@ -12,8 +12,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use agent::protocol::{
-    CHUNK, Event, Nanoseconds, Numbered, Request, RequestId, VERSION, VmId, receive, send,
+use agent::{
+    protocol::{
+        CHUNK, Call, Event, ListenerId, Nanoseconds, Numbered, Request, RequestId, StreamId,
+        Target, VERSION, VmId, receive, send,
+    },
+    streams::{End, Side, Streams},
 };
 use anyhow::{Result, anyhow, bail, ensure};
 use serde_json::Value;
@@ -28,8 +32,15 @@ pub struct Link {
     shared: Arc<Shared>,
 }
 
+type Output = Arc<Mutex<Box<dyn Write + Send>>>;
+
+/// Makes the client's end for a connection that came in.
+type Accept = Arc<dyn Fn() -> io::Result<End> + Send + Sync>;
+
 struct Shared {
-    stream: Mutex<Box<dyn Write + Send>>,
+    stream: Output,
+    streams: Streams,
+    listeners: Mutex<HashMap<ListenerId, Accept>>,
     state: Mutex<State>,
     changed: Condvar,
     next: AtomicU32,
@@ -49,7 +60,7 @@ struct State {
 pub struct Record {
     /// Console bytes.
     pub console: Vec<u8>,
-    /// QEMU's error output.
+    /// Error output of the VM's program.
     pub complaints: Vec<u8>,
     /// QMP messages with their times of arrival.
     pub qmp: Vec<(Nanoseconds, Value)>,
@@ -62,7 +73,7 @@ pub struct Record {
 pub struct Exited {
     /// When.
     pub at: Nanoseconds,
-    /// QEMU's exit status; `None` when a signal ended it.
+    /// The program's exit status; `None` when a signal ended it.
     pub status: Option<i32>,
 }
 
@@ -73,9 +84,16 @@ impl Link {
         output: impl Write + Send + 'static,
         limit: Duration,
     ) -> Result<Self> {
+        let stream: Output = Arc::new(Mutex::new(Box::new(output)));
+        let pieces = stream.clone();
+        let streams = Streams::new(Side::Client, move |stream, piece| {
+            send(&mut *lock(&pieces), &Call::Piece { stream, piece })
+        });
         let link = Self {
             shared: Arc::new(Shared {
-                stream: Mutex::new(Box::new(output)),
+                stream,
+                streams,
+                listeners: Mutex::default(),
                 state: Mutex::default(),
                 changed: Condvar::new(),
                 next: AtomicU32::new(0),
@@ -99,7 +117,7 @@ impl Link {
     }
 
     /// Puts a file into the agent's directory.
-    pub fn put(&self, name: &str, content: &[u8]) -> Result<()> {
+    pub fn put(&self, name: &str, content: &[u8], executable: bool) -> Result<()> {
         let mut offset = 0;
         let mut chunks = content.chunks(CHUNK);
         // An empty file is a file, too.
@@ -109,6 +127,7 @@ impl Link {
                 name: name.to_owned(),
                 offset,
                 data: data.to_vec(),
+                executable,
             })?;
             offset += data.len() as u64;
             chunk = chunks.next();
@@ -117,18 +136,52 @@ impl Link {
     }
 
     /// Starts a VM and gives it a name.
-    pub fn start(&self, program: Vec<String>, arguments: Vec<String>) -> Result<VmId> {
-        let vm = VmId(self.shared.next.fetch_add(1, Ordering::Relaxed));
+    pub fn start(
+        &self,
+        program: Vec<String>,
+        arguments: Vec<String>,
+        first_thread_first: bool,
+    ) -> Result<VmId> {
+        let vm = VmId(self.next());
         lock(&self.shared.state).vms.insert(vm, Record::default());
         self.ask(Request::Start {
             vm,
             program,
             arguments,
+            first_thread_first,
         })?;
         Ok(vm)
     }
 
-    /// Sends a line to a VM's monitor.
+    /// Opens a stream to something on the agent's system and joins it to `end`.
+    pub fn open(&self, to: Target, end: End) -> Result<()> {
+        let stream = self.shared.streams.reserve()?;
+        match self.ask(Request::Open { stream, to }) {
+            Ok(()) => self.shared.streams.join(stream, end),
+            Err(error) => {
+                self.shared.streams.forget(stream);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Listens on a Unix socket of the agent's system. Each connection becomes a stream
+    /// to what `accept` makes, or is closed when that fails.
+    pub fn listen(
+        &self,
+        path: &str,
+        accept: impl Fn() -> io::Result<End> + Send + Sync + 'static,
+    ) -> Result<()> {
+        let listener = ListenerId(self.next());
+        lock(&self.shared.listeners).insert(listener, Arc::new(accept));
+        self.ask(Request::Listen {
+            listener,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Sends a line to a VM's control.
     pub fn qmp(&self, vm: VmId, line: String) -> Result<()> {
         self.ask(Request::Qmp { vm, line })
     }
@@ -179,14 +232,19 @@ impl Link {
         self.wait(limit, |state| state.vms.get_mut(&vm).and_then(&mut look))
     }
 
+    fn next(&self) -> u32 {
+        self.shared.next.fetch_add(1, Ordering::Relaxed)
+    }
+
     fn ask(&self, request: Request) -> Result<()> {
         let id = self.send(request)?;
         self.answer(id)
     }
 
     fn send(&self, request: Request) -> Result<RequestId> {
-        let id = RequestId(self.shared.next.fetch_add(1, Ordering::Relaxed));
-        send(&mut *lock(&self.shared.stream), &Numbered { id, request })
+        let id = RequestId(self.next());
+        let call = Call::Request(Numbered { id, request });
+        send(&mut *lock(&self.shared.stream), &call)
             .map_err(|error| anyhow!("the agent does not listen: {error}"))?;
         Ok(id)
     }
@@ -226,14 +284,34 @@ impl Link {
 }
 
 impl Shared {
-    /// Reads events until the stream ends; an unreadable one ends it.
+    /// Reads events until the stream ends; an unreadable one ends it. Nothing here may
+    /// send: the agent may be waiting for us to read.
     fn read(&self, mut input: impl Read) {
         while let Ok(Some(event)) = receive(&mut input) {
-            lock(&self.state).take(event);
-            self.changed.notify_all();
+            match event {
+                Event::Piece { stream, piece } => self.streams.receive(stream, piece),
+                Event::Incoming { listener, stream } => self.incoming(listener, stream),
+                event => {
+                    lock(&self.state).take(event);
+                    self.changed.notify_all();
+                }
+            }
         }
         lock(&self.state).closed = true;
         self.changed.notify_all();
+        self.streams.close();
+        lock(&self.listeners).clear();
+    }
+
+    fn incoming(&self, listener: ListenerId, stream: StreamId) {
+        let accept = lock(&self.listeners).get(&listener).cloned();
+        let streams = self.streams.clone();
+        // Both ends count their streams by the same bound, so there is room here, too.
+        let announced = streams.announce(stream);
+        thread::spawn(move || match accept.map(|accept| accept()) {
+            Some(Ok(end)) if announced.is_ok() => streams.join(stream, end),
+            _ => streams.reset(stream),
+        });
     }
 }
 
@@ -257,6 +335,8 @@ impl State {
             Event::Exited { vm, at, status } => {
                 self.with(vm, |record| record.exited = Some(Exited { at, status }));
             }
+            // Not of the state.
+            Event::Incoming { .. } | Event::Piece { .. } => {}
         }
     }
 

@@ -1,5 +1,6 @@
 //! The machine on which guests run: this computer's KVM, the nested machine, or
-//! plain emulation. Which one it is makes no difference to those who start VMs.
+//! plain emulation. Which one it is makes no difference to those who start VMs, on QEMU
+//! or on our own monitor, the test machine `enlit-vmm`.
 
 mod config;
 mod cpio;
@@ -18,29 +19,37 @@ mod vm;
 use std::{
     fmt,
     path::{Path, PathBuf},
+    sync::OnceLock,
+    sync::atomic::{AtomicU32, Ordering},
 };
 
+use agent::protocol::CONTROL_FD;
 use anyhow::{Context, Result};
+use vmm::config::Config;
 
 #[cfg(not(target_os = "linux"))]
 pub use self::elsewhere::process;
 #[cfg(not(target_os = "linux"))]
 use self::elsewhere::{local, nested};
-use self::{config::Accelerator, link::Link};
+use self::{config::Accelerator, link::Link, vm::Start};
 pub use self::{
     config::{Boot, VmConfig, debug_exit_word},
     cpio::Archive,
     linux::Linux,
-    vm::{Ending, Vm},
+    vm::{Control, Ending, Vm},
 };
-use crate::{guest, packages::Packages, workspace::Workspace};
+use crate::{
+    guest,
+    packages::{Packages, Qemu},
+    workspace::Workspace,
+};
 
 /// Where guests run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// QEMU on this computer's KVM, which has Hyper-V enlightenments.
+    /// This computer's KVM, which has Hyper-V enlightenments.
     Kvm,
-    /// QEMU on the KVM of an emulated Linux machine.
+    /// The KVM of an emulated Linux machine.
     Nested,
     /// QEMU's emulation: no Hyper-V.
     Emulated,
@@ -49,8 +58,8 @@ pub enum Kind {
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Kvm => "QEMU on this computer's KVM",
-            Self::Nested => "the nested test machine (KVM of an emulated Linux)",
+            Self::Kvm => "this computer's KVM",
+            Self::Nested => "the nested machine (KVM of an emulated Linux)",
             Self::Emulated => "QEMU's emulation, without Hyper-V",
         })
     }
@@ -98,14 +107,29 @@ fn choose_by(capability: Result<(), String>) -> Choice {
     }
 }
 
+/// What a machine is wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// VMs on QEMU, and on the test machine where there is KVM.
+    Any,
+    /// VMs on the test machine only: there is less to fetch and to boot.
+    TestMachine,
+}
+
 /// A machine that is ready to start VMs.
 pub struct Machine {
     link: Link,
     kind: Kind,
-    program: Vec<String>,
+    workspace: Workspace,
+    /// How to start QEMU, if it is there.
+    qemu: Option<Vec<String>>,
+    /// How to start the test machine, once it was.
+    vmm: OnceLock<String>,
+    /// Number of the next configuration file.
+    next: AtomicU32,
     ovmf: Option<PathBuf>,
     // Dropped last to first of this list, after the link has said goodbye.
-    _end: End,
+    end: End,
 }
 
 /// What ends with the machine.
@@ -122,34 +146,49 @@ impl Machine {
         kind: Kind,
         clock: Clock,
     ) -> Result<Self> {
-        let qemu = packages.qemu()?;
-        match kind {
+        Self::start_for(Purpose::Any, workspace, packages, kind, clock)
+    }
+
+    /// The same, with what the purpose needs.
+    pub fn start_for(
+        purpose: Purpose,
+        workspace: &Workspace,
+        packages: &mut Packages,
+        kind: Kind,
+        clock: Clock,
+    ) -> Result<Self> {
+        let any = purpose == Purpose::Any;
+        let (link, qemu, ovmf, end) = match kind {
             Kind::Kvm | Kind::Emulated => {
+                let qemu = any.then(|| packages.qemu()).transpose()?;
+                let ovmf = (kind == Kind::Emulated)
+                    .then(|| packages.ovmf())
+                    .transpose()?;
                 let (agent, link) = local::Agent::start()?;
-                Ok(Self {
-                    link,
-                    kind,
-                    program: process::tied_to_us(qemu.command()),
-                    ovmf: (kind == Kind::Emulated)
-                        .then(|| packages.ovmf())
-                        .transpose()?,
-                    _end: End::Local { _agent: agent },
-                })
+                let qemu = qemu.map(|qemu| process::tied_to_us(qemu.command()));
+                (link, qemu, ovmf, End::Local { _agent: agent })
             }
             Kind::Nested => {
+                let outer: Qemu = packages.qemu()?;
                 let linux = packages.linux()?;
                 let agent = guest::build_agent(workspace)?;
-                let image = nested::Image::prepare(&workspace.store(), &qemu, &linux, &agent)?;
-                let (outer, link) = image.boot(&qemu, clock)?;
-                Ok(Self {
-                    link,
-                    kind,
-                    program: nested::Image::inner_qemu(),
-                    ovmf: None,
-                    _end: End::Nested { _outer: outer },
-                })
+                let inner = any.then_some(&outer);
+                let image = nested::Image::prepare(&workspace.store(), inner, &linux, &agent)?;
+                let (machine, link) = image.boot(&outer, clock)?;
+                let qemu = any.then(nested::Image::inner_qemu);
+                (link, qemu, None, End::Nested { _outer: machine })
             }
-        }
+        };
+        Ok(Self {
+            link,
+            kind,
+            workspace: workspace.clone(),
+            qemu,
+            vmm: OnceLock::new(),
+            next: AtomicU32::new(0),
+            ovmf,
+            end,
+        })
     }
 
     /// What it is.
@@ -160,7 +199,7 @@ impl Machine {
     /// Makes a file available to VMs under this name.
     pub fn put(&self, name: &str, content: &[u8]) -> Result<()> {
         self.link
-            .put(name, content)
+            .put(name, content, false)
             .with_context(|| format!("cannot hand over {name}"))
     }
 
@@ -169,18 +208,68 @@ impl Machine {
         self.ovmf.as_deref()
     }
 
-    /// Starts a VM.
+    /// Starts a VM on QEMU.
     pub fn run(&self, config: &VmConfig) -> Result<Vm> {
         let accelerator = match self.kind {
             Kind::Kvm | Kind::Nested => Accelerator::KvmHyperV,
             Kind::Emulated => Accelerator::Tcg,
         };
+        let program = self.qemu.clone().context("this machine has no QEMU")?;
         Vm::start(
             self.link.clone(),
-            self.program.clone(),
-            config.arguments(accelerator),
-            config.gdb.is_some(),
+            Start {
+                name: "QEMU",
+                program,
+                arguments: config.arguments(accelerator),
+                first_thread_first: true,
+                hold: config.gdb.is_some(),
+            },
         )
+    }
+
+    /// Starts a VM on the test machine. Relative paths of the configuration name what was
+    /// [`put`](Self::put).
+    pub fn run_vmm(&self, config: &Config) -> Result<Vm> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let file = format!("vm-{number}.json");
+        self.put(&file, &serde_json::to_vec_pretty(config)?)?;
+        Vm::start(
+            self.link.clone(),
+            Start {
+                name: "the test machine",
+                program: self.vmm_command()?,
+                arguments: vec![file, "--control-fd".into(), CONTROL_FD.to_string()],
+                first_thread_first: false,
+                hold: false,
+            },
+        )
+    }
+
+    /// How to start the test machine; builds it at the first time, and brings it to where
+    /// it runs.
+    fn vmm_command(&self) -> Result<Vec<String>> {
+        let program = match self.vmm.get() {
+            Some(program) => program.clone(),
+            None => {
+                let built = guest::build_vmm(&self.workspace)?;
+                let program = match &self.end {
+                    End::Local { .. } => built.display().to_string(),
+                    End::Nested { .. } => {
+                        let name = "enlit-vmm";
+                        let content = std::fs::read(&built)
+                            .with_context(|| format!("cannot read {}", built.display()))?;
+                        self.link.put(name, &content, true)?;
+                        format!("./{name}")
+                    }
+                };
+                self.vmm.get_or_init(|| program).clone()
+            }
+        };
+        let words = vec![program];
+        Ok(match &self.end {
+            End::Local { .. } => process::tied_to_us(words),
+            End::Nested { .. } => words,
+        })
     }
 
     /// Reads a file of the system that runs the VMs.

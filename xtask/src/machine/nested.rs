@@ -88,9 +88,9 @@ pub struct Image {
 }
 
 impl Image {
-    /// Builds the files unless they are there for exactly this agent, QEMU and
-    /// kernel.
-    pub fn prepare(store: &Path, qemu: &Qemu, linux: &Path, agent: &Path) -> Result<Self> {
+    /// Builds the files unless they are there for exactly this agent, inner QEMU (if
+    /// there is to be one) and kernel.
+    pub fn prepare(store: &Path, qemu: Option<&Qemu>, linux: &Path, agent: &Path) -> Result<Self> {
         let directory = store.join("nested");
         let agent = fs::read(agent).with_context(|| format!("cannot read {}", agent.display()))?;
         let package = stamp(linux)?;
@@ -99,8 +99,12 @@ impl Image {
             let _step = progress::step("unpacking the test machine's kernel");
             linux.elf()
         })?;
-        let parts = [&agent[..], &stamp(qemu.program())?, &package];
-        let initrd = kept(&directory, "initrd", &parts, || {
+        let (kind, program) = match qemu {
+            Some(qemu) => ("initrd", stamp(qemu.program())?),
+            None => ("small-initrd", Vec::new()),
+        };
+        let parts = [&agent[..], &program, &package];
+        let initrd = kept(&directory, kind, &parts, || {
             let _step = progress::step("packing the test machine");
             pack(qemu, &linux, &agent)
         })?;
@@ -173,7 +177,7 @@ impl Image {
     }
 }
 
-fn pack(qemu: &Qemu, linux: &Linux, agent: &[u8]) -> Result<Vec<u8>> {
+fn pack(qemu: Option<&Qemu>, linux: &Linux, agent: &[u8]) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for directory in [
         "bin", "dev", "firmware", "lib", "modules", "proc", "sys", "tmp",
@@ -181,6 +185,17 @@ fn pack(qemu: &Qemu, linux: &Linux, agent: &[u8]) -> Result<Vec<u8>> {
         archive.directory(directory);
     }
     archive.file("init", agent);
+    if let Some(qemu) = qemu {
+        pack_qemu(&mut archive, qemu)?;
+    }
+    for (index, (name, module)) in linux.modules(&MODULES)?.iter().enumerate() {
+        archive.file(&format!("modules/{index:02}-{name}.ko"), module);
+    }
+    Ok(archive.finish())
+}
+
+/// QEMU with its libraries and firmware.
+fn pack_qemu(archive: &mut Archive, qemu: &Qemu) -> Result<()> {
     let mut add = |to: &str, from: &Path| -> Result<()> {
         let content = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
         archive.file(to, &content);
@@ -201,8 +216,5 @@ fn pack(qemu: &Qemu, linux: &Linux, agent: &[u8]) -> Result<Vec<u8>> {
             .ok_or_else(|| anyhow!("this QEMU comes without the firmware file {name}"))?;
         add(&format!("firmware/{name}"), &file)?;
     }
-    for (index, (name, module)) in linux.modules(&MODULES)?.iter().enumerate() {
-        archive.file(&format!("modules/{index:02}-{name}.ko"), module);
-    }
-    Ok(archive.finish())
+    Ok(())
 }

@@ -1,25 +1,61 @@
-//! One running VM: its console, its monitor, its end.
+//! One running VM: its console, its control, its end.
 
-use std::time::Duration;
+use std::{
+    io::{self, PipeWriter, Write},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
-use agent::protocol::VmId;
+use agent::{
+    protocol::{Target, VmId},
+    streams::End,
+};
 use anyhow::{Context, Result, anyhow, bail};
 use regex::bytes::Regex;
 use serde_json::{Value, json};
 
 use super::link::{Exited, Link, Record};
 
-/// Longest wait for the monitor's answer to a command.
+/// Longest wait for the answer to a command.
 const MONITOR: Duration = Duration::from_secs(60);
 
 /// A VM that was started. Dropping it ends it.
 pub struct Vm {
     link: Link,
     id: VmId,
+    control: Control,
+    /// Leads to the console's input, once it was asked for.
+    input: Option<PipeWriter>,
     /// Console bytes that `expect` has gone past.
     seen: usize,
     /// QMP messages that `event` has gone past.
     heard: usize,
+}
+
+/// How a VM is started.
+pub(super) struct Start {
+    /// What runs it, as failures name it.
+    pub(super) name: &'static str,
+    /// Program and leading arguments.
+    pub(super) program: Vec<String>,
+    /// Its further arguments.
+    pub(super) arguments: Vec<String>,
+    /// Whether its first thread goes before the others, as QEMU needs it.
+    pub(super) first_thread_first: bool,
+    /// Whether a debugger lets the VM go, and not we.
+    pub(super) hold: bool,
+}
+
+/// The control of a VM, to be used from any thread: QEMU's monitor, or the test
+/// machine's control, which speaks like it.
+#[derive(Clone)]
+pub struct Control {
+    link: Link,
+    id: VmId,
+    next: Arc<AtomicU32>,
 }
 
 /// How a VM ended.
@@ -27,14 +63,14 @@ pub struct Vm {
 pub enum Ending {
     /// The guest powered off by ACPI.
     PoweredOff,
-    /// The guest asked for a reset, or fell into a triple fault; QEMU does not
-    /// tell one from the other.
+    /// The guest asked for a reset, or fell into a triple fault; one is not told
+    /// from the other.
     Reset,
     /// The guest reported a crash through the crash registers.
     Panicked,
     /// The guest wrote this value to the debug-exit port.
     DebugExit(u8),
-    /// QEMU ended by itself.
+    /// What ran the VM ended by itself.
     Failed(Option<i32>),
 }
 
@@ -45,26 +81,27 @@ impl std::fmt::Display for Ending {
             Self::Reset => write!(f, "the guest was reset"),
             Self::Panicked => write!(f, "the guest panicked"),
             Self::DebugExit(value) => write!(f, "the guest gave up with code {value}"),
-            Self::Failed(Some(status)) => write!(f, "QEMU failed with status {status}"),
-            Self::Failed(None) => write!(f, "QEMU was ended by a signal"),
+            Self::Failed(Some(status)) => write!(f, "the VM's program failed with status {status}"),
+            Self::Failed(None) => write!(f, "the VM's program was ended by a signal"),
         }
     }
 }
 
 impl Vm {
-    /// Starts QEMU with a stopped VM, connects to the monitor so that no event is
+    /// Starts a program with a stopped VM, connects to its control so that no event is
     /// missed, then lets the VM go.
-    /// With `hold`, letting it go is left to a debugger.
-    pub(super) fn start(
-        link: Link,
-        program: Vec<String>,
-        arguments: Vec<String>,
-        hold: bool,
-    ) -> Result<Self> {
-        let id = link.start(program, arguments)?;
+    pub(super) fn start(link: Link, start: Start) -> Result<Self> {
+        let name = start.name;
+        let id = link.start(start.program, start.arguments, start.first_thread_first)?;
         let mut vm = Self {
+            control: Control {
+                link: link.clone(),
+                id,
+                next: Arc::default(),
+            },
             link,
             id,
+            input: None,
             seen: 0,
             heard: 0,
         };
@@ -73,12 +110,16 @@ impl Vm {
         })?;
         match greeting {
             Some(None) => {}
-            Some(Some(_)) => bail!("QEMU does not start: {}", vm.complaints()),
-            None => bail!("QEMU's monitor does not come up"),
+            Some(Some(_)) => {
+                // By now all is told that it said.
+                let said = vm.complaints();
+                bail!("{name} does not start: {}", own_words(&said));
+            }
+            None => bail!("{name} starts, but its control does not come up"),
         }
         vm.heard = 1;
         vm.qmp("qmp_capabilities", json!({}))?;
-        if !hold {
+        if !start.hold {
             vm.qmp("cont", json!({}))?;
         }
         Ok(vm)
@@ -161,60 +202,51 @@ impl Vm {
         self.now(|record| text(&record.console))
     }
 
-    /// The console's last lines and QEMU's complaints, for a failure's message.
+    /// The console's last lines and the program's complaints, for a failure's message.
     pub fn last_words(&self) -> String {
-        let console = self.console();
-        let lines: Vec<_> = console.lines().collect();
-        let last = lines
-            .get(lines.len().saturating_sub(8)..)
-            .unwrap_or_default();
-        let mut words = String::from("; its last lines:");
-        for line in last.iter().copied().chain(self.complaints().lines()) {
-            words.push_str("\n        ");
-            words.push_str(line);
-        }
-        words
+        self.now(last_words)
     }
 
-    /// What QEMU itself complained about so far.
+    /// What QEMU or the test machine itself complained about so far.
     pub fn complaints(&self) -> String {
         self.now(|record| text(&record.complaints).trim().to_owned())
     }
 
-    /// Runs a monitor command and gives its result.
+    /// Runs a command of the control and gives its result.
     pub fn qmp(&mut self, command: &str, arguments: Value) -> Result<Value> {
-        // Messages before this one are no answer to it; one command runs at a time.
-        let from = self.now(|record| record.qmp.len());
-        let line = json!({ "execute": command, "arguments": arguments }).to_string();
-        self.link
-            .qmp(self.id, line)
-            .with_context(|| format!("cannot send `{command}`"))?;
-        let answer = self.watch(MONITOR, |record| {
-            let answer = record.qmp.get(from..)?.iter().find_map(|(_, message)| {
-                (message.get("return").is_some() || message.get("error").is_some())
-                    .then(|| message.clone())
-            });
-            match answer {
-                Some(answer) => Some(Some(answer)),
-                None => record.exited.map(|_| None),
-            }
-        })?;
-        match answer {
-            Some(Some(answer)) => match answer.get("return") {
-                Some(value) => Ok(value.clone()),
-                None => bail!(
-                    "`{command}` failed: {}",
-                    answer["error"]["desc"]
-                        .as_str()
-                        .unwrap_or("no reason given")
-                ),
-            },
-            Some(None) => bail!(
-                "{} before it answered `{command}`{}",
-                self.ending()?,
-                self.last_words()
-            ),
-            None => bail!("the monitor gave no answer to `{command}`"),
+        self.ctl(command, arguments)
+    }
+
+    /// The same; the name for commands that only the test machine knows.
+    pub fn ctl(&self, command: &str, arguments: Value) -> Result<Value> {
+        self.control.run(command, arguments)
+    }
+
+    /// The control, for other threads.
+    pub fn control(&self) -> Control {
+        self.control.clone()
+    }
+
+    /// Types these bytes at the guest's console.
+    ///
+    /// # Errors
+    /// When the VM has ended.
+    pub fn input(&mut self, bytes: &[u8]) -> Result<()> {
+        let input = match &mut self.input {
+            Some(input) => input,
+            none => none.insert(open_input(&self.link, self.id)?),
+        };
+        input
+            .write_all(bytes)
+            .context("the VM takes no console input any more")
+    }
+
+    /// The way to the guest's console, for another thread; instead of [`Self::input`].
+    /// Writing waits while the guest does not read.
+    pub fn take_input(&mut self) -> Result<PipeWriter> {
+        match self.input.take() {
+            Some(input) => Ok(input),
+            None => open_input(&self.link, self.id),
         }
     }
 
@@ -286,6 +318,98 @@ impl Vm {
             .ok()
             .flatten()
             .unwrap_or_default()
+    }
+}
+
+impl Control {
+    /// Runs a command and gives its result.
+    ///
+    /// # Errors
+    /// What the control gives as the reason, or that the VM has ended.
+    pub fn run(&self, command: &str, arguments: Value) -> Result<Value> {
+        let answer = self.answer(command, arguments)?;
+        match answer.get("return") {
+            Some(value) => Ok(value.clone()),
+            None => bail!(
+                "`{command}` failed: {}",
+                answer["error"]["desc"]
+                    .as_str()
+                    .unwrap_or("no reason given")
+            ),
+        }
+    }
+
+    /// Runs a command and gives the whole answer: `return` or `error`, and `id`.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    pub fn answer(&self, command: &str, arguments: Value) -> Result<Value> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let line = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
+        let mut looked = 0;
+        self.link
+            .qmp(self.id, line)
+            .with_context(|| format!("cannot send `{command}`"))?;
+        let answer = self.link.watch(self.id, MONITOR, |record| {
+            let found = record
+                .qmp
+                .iter()
+                .skip(looked)
+                .find(|(_, message)| message["id"] == id && message.get("event").is_none());
+            looked = record.qmp.len();
+            match found {
+                Some((_, answer)) => Some(Ok(answer.clone())),
+                None => record
+                    .exited
+                    .map(|exited| Err((classify(record, exited), last_words(record)))),
+            }
+        })?;
+        match answer {
+            Some(Ok(answer)) => Ok(answer),
+            Some(Err((ending, words))) => bail!("{ending} before it answered `{command}`{words}"),
+            None => bail!("there was no answer to `{command}`"),
+        }
+    }
+}
+
+/// Opens the stream to a VM's console input.
+fn open_input(link: &Link, id: VmId) -> Result<PipeWriter> {
+    let (reader, writer) = io::pipe().context("cannot make a pipe")?;
+    link.open(
+        Target::Input(id),
+        End {
+            reader: Box::new(reader),
+            writer: Box::new(io::sink()),
+            finish: Box::new(|| ()),
+            // The reader ends when the writer is dropped; nothing else waits.
+            abort: Box::new(|| ()),
+        },
+    )?;
+    Ok(writer)
+}
+
+/// The console's last lines and the program's complaints, for a failure's message.
+fn last_words(record: &Record) -> String {
+    let (console, complaints) = (text(&record.console), text(&record.complaints));
+    let lines: Vec<_> = console.lines().collect();
+    let last = lines
+        .get(lines.len().saturating_sub(8)..)
+        .unwrap_or_default();
+    let mut words = String::from("; its last lines:");
+    for line in last.iter().copied().chain(complaints.trim().lines()) {
+        words.push_str("\n        ");
+        words.push_str(line);
+    }
+    words
+}
+
+/// What a program said, without the word that it begins its failures with.
+fn own_words(said: &str) -> &str {
+    let said = said.strip_prefix("error: ").unwrap_or(said);
+    if said.is_empty() {
+        "it gives no reason"
+    } else {
+        said
     }
 }
 
