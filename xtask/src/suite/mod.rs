@@ -50,9 +50,10 @@ pub struct Options {
 }
 
 /// Packages whose unit tests run on this computer.
-const UNIT_TESTED: [&str; 8] = [
+const UNIT_TESTED: [&str; 9] = [
     "boot",
     "handover",
+    "vhdx",
     "vmbus",
     "vmbus-host",
     "vmbus-c",
