@@ -340,7 +340,7 @@ pub struct Layout {
 }
 
 /// Bytes that every message of the host has at least. Those of version 6.1 have 40.
-fn wire_size(version: Version) -> usize {
+pub fn wire_size(version: Version) -> usize {
     if version >= Version::V6_1 { 40 } else { 28 }
 }
 
@@ -422,12 +422,15 @@ pub const SEND_TABLE_ENTRIES: u32 = 16;
 /// message is long enough, whatever it says (spec netvsc.md 3). It is right either way.
 const SEND_TABLE_OFFSET: u32 = 40;
 
-/// Spreads what the guest sends over `channels` channels, the primary included.
-pub fn send_indirection_table(channels: u32) -> Vec<u8> {
+/// Spreads what the guest sends over these channels, by their indices; over the primary one if there are none.
+pub fn send_indirection_table(channels: &[u32]) -> Vec<u8> {
     let head = [SEND_TABLE_ENTRIES, SEND_TABLE_OFFSET];
     let mut bytes = message(Version::V6_1, kind::SEND_INDIRECTION_TABLE, &head);
-    for entry in 0..SEND_TABLE_ENTRIES {
-        let channel = entry.checked_rem(channels).unwrap_or(0);
+    let entries = channels
+        .iter()
+        .cycle()
+        .chain(&[0; SEND_TABLE_ENTRIES as usize]);
+    for channel in entries.take(SEND_TABLE_ENTRIES as usize) {
         bytes.extend_from_slice(&channel.to_le_bytes());
     }
     bytes
@@ -464,12 +467,12 @@ mod tests {
 
     #[test]
     fn the_send_table_lies_behind_the_longest_message() {
-        let bytes = send_indirection_table(3);
+        let bytes = send_indirection_table(&[0, 1, 3]);
         assert_eq!(bytes.len(), 40 + 16 * 4);
         let entry = |index: usize| bytes.get(40 + 4 * index).copied();
         assert_eq!(
             (entry(0), entry(2), entry(3), entry(15)),
-            (Some(0), Some(2), Some(0), Some(0))
+            (Some(0), Some(3), Some(0), Some(0))
         );
     }
 

@@ -43,8 +43,8 @@ impl Status {
     pub const INVALID_DATA: Self = Self(0xC001_0015);
     /// The data is too short.
     pub const INVALID_LENGTH: Self = Self(0xC001_0014);
-    /// There is no such object.
-    pub const INVALID_OID: Self = Self(0xC001_0017);
+    /// The protocol's version is another.
+    pub const BAD_VERSION: Self = Self(0xC001_0004);
 }
 
 /// Something that the host tells unasked (spec netvsc.md 7.6).
