@@ -391,7 +391,7 @@ impl Server<'_> {
                     srb,
                     version,
                     unit,
-                    _running: controller.begin(),
+                    running: Some(controller.begin()),
                 };
                 self.shared.executor.run(Box::new(move || {
                     let outcome = work.run();
@@ -568,7 +568,7 @@ struct Ticket {
     srb: Srb,
     version: ProtocolVersion,
     unit: Option<Arc<LogicalUnit>>,
-    _running: Running,
+    running: Option<Running>,
 }
 
 impl Ticket {
@@ -578,6 +578,8 @@ impl Ticket {
     }
 
     fn send(&mut self, reply: Reply) {
+        // Whoever has the answer sees the command no longer among those under way.
+        drop(self.running.take());
         if let Some(results) = self.results.take() {
             let answer = Answer {
                 transaction: self.transaction,

@@ -19,7 +19,7 @@ use crate::sync::Mutex;
 /// Something that has happened to a unit, which the guest is told with its next command (SPC-3 5.6.5, SAM-3 5.9.7).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Attention {
-    /// The unit is new, or was reset. Stands for the others.
+    /// The unit is new, or was reset: the guest looks at everything anew, so this stands for the others.
     Reset,
     /// There is another medium than before.
     MediumChanged,
@@ -134,7 +134,8 @@ impl State {
         if attention == Attention::Reset {
             self.attentions.clear();
         }
-        if !self.attentions.contains(&attention) {
+        let told = [attention, Attention::Reset];
+        if !self.attentions.iter().any(|known| told.contains(known)) {
             self.attentions.push(attention);
         }
     }
