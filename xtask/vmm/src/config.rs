@@ -46,7 +46,7 @@ pub struct Config {
     /// What happens when the guest asks for a reset.
     #[serde(default)]
     pub on_reboot: OnReboot,
-    /// How the kernel is entered. By itself: by its PVH note if it has one, else as Linux.
+    /// How the kernel is entered. Without it an ELF is entered by its PVH note, a bzImage as Linux.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entry: Option<Entry>,
     /// What VMBus is like.

@@ -12,8 +12,12 @@ pub mod control;
 #[cfg(target_os = "linux")]
 pub mod devices;
 #[cfg(target_os = "linux")]
+pub mod machine;
+#[cfg(target_os = "linux")]
 pub mod partition;
 pub mod platform;
+#[cfg(target_os = "linux")]
+pub mod program;
 #[cfg(target_os = "linux")]
 pub mod runner;
 #[cfg(target_os = "linux")]
@@ -58,6 +62,9 @@ pub enum Error {
         /// What the system said.
         error: std::io::Error,
     },
+    /// The guest's console has nowhere to go.
+    #[error("the guest's console cannot go to standard output: {0}")]
+    NoConsole(std::io::Error),
     /// The number of processors is out of range.
     #[error("a VM cannot have {wanted} processors: 1 to {most} are possible here")]
     Processors {

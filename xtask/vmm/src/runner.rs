@@ -6,7 +6,9 @@
 //! It knows the VM by the trait [`Vm`], so that tests run it without one.
 
 mod events;
+mod input;
 mod life;
+mod partition;
 mod poll;
 mod vm;
 
@@ -25,6 +27,7 @@ pub use vm::{Crash, End, Vm};
 
 use crate::control::{BusState, Event, Reason, RunState, Status};
 use crate::devices::Devices;
+use input::Input;
 use life::Life;
 use poll::Poll;
 
@@ -42,6 +45,7 @@ pub struct Runner {
     life: Mutex<Option<Life>>,
     poll: Poll,
     events: Events,
+    input: Input,
     state: Mutex<State>,
 }
 
@@ -64,6 +68,7 @@ impl Runner {
             life: Mutex::new(None),
             poll: Poll::new()?,
             events,
+            input: Input::default(),
             state: Mutex::new(State {
                 run: RunState::Prelaunch,
                 end: None,
@@ -79,6 +84,7 @@ impl Runner {
         devices.begin(&mut host, &vm);
         *self.life.lock() = Some(Life::new(vm, host, devices.names()));
         self.state.lock().end = None;
+        self.input.drained();
         self.wake();
     }
 
@@ -169,6 +175,19 @@ impl Runner {
     /// The VP has room for the next message. On any thread.
     pub fn message_delivered(&self, _vp: VpIndex) {
         self.wake();
+    }
+
+    /// The guest has read all input of its serial port. On any thread.
+    pub fn console_drained(&self) {
+        self.input.drained();
+    }
+
+    /// Gives input to the guest's serial port, and waits until it has taken all.
+    pub fn feed_console(&self, bytes: &[u8]) {
+        self.input.feed(bytes, |bytes| {
+            let vm = self.vm();
+            vm.map_or(0, |vm| vm.console_input(bytes))
+        });
     }
 
     /// Has the host's thread look.
@@ -274,6 +293,11 @@ impl std::fmt::Debug for Runner {
 }
 
 impl End {
+    /// Whether the guest has brought it about.
+    pub fn is_by_guest(&self) -> bool {
+        !matches!(self, Self::Quit | Self::Failed(_))
+    }
+
     /// Why, as an event says it.
     pub fn reason(&self) -> Reason {
         match self {

@@ -122,12 +122,15 @@ arguments! {
         pub read_only: bool,
     }
 
-    /// A disk to take out.
+    /// A disk to take out. Of a drive with a medium in it, it is the medium.
     DiskEject {
         /// The SCSI controller.
         pub controller: String,
         /// The number.
         pub lun: u8,
+        /// Whether also against the guest's will, when it has locked the medium into the drive.
+        #[serde(default)]
+        pub force: bool,
     }
 
     /// A cable.

@@ -71,8 +71,10 @@ pub enum Event {
     ShutdownAnswered {
         /// Whether it will.
         accepted: bool,
-        /// The status: 0, or why not.
-        status: u32,
+        /// The guest's status: 0, or why not. None when it did not answer.
+        status: Option<u32>,
+        /// Why not, in words.
+        reason: Option<String>,
     },
     /// Events of this many had to be dropped: nobody read them fast enough.
     EventsLost {

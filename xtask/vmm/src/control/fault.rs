@@ -69,6 +69,14 @@ pub enum Fault {
     Stall {},
     /// The device is taken away before the packet.
     Rescind {},
+    /// The next messages that the device makes are what a broken host would send instead.
+    Message {
+        /// What is wrong with them.
+        what: MessageFault,
+        /// How many of them.
+        #[serde(default = "one")]
+        messages: u32,
+    },
     /// A disk is slow.
     SlowDisk {
         /// The disk of the controller.
@@ -125,6 +133,26 @@ pub enum Direction {
     ToHost,
 }
 
+/// What is wrong with a message.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MessageFault {
+    /// It has another transaction id, or belongs to another connection.
+    WrongId,
+    /// It has a type that nobody knows.
+    WrongType,
+    /// It has fewer bytes than it says.
+    Short,
+    /// It has more bytes than any message of its kind.
+    Oversized,
+    /// It says that it is longer than it is.
+    Overstated,
+    /// It is never sent.
+    Lost,
+    /// It comes twice.
+    Twice,
+}
+
 /// What a disk does.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -165,12 +193,17 @@ impl Fault {
             Self::CorruptRing {} => "corrupt-ring",
             Self::Stall {} => "stall",
             Self::Rescind {} => "rescind",
+            Self::Message { .. } => "message",
             Self::SlowDisk { .. } => "slow-disk",
             Self::FailingDisk { .. } => "failing-disk",
             Self::TornWrites { .. } => "torn-writes",
             Self::LossyNetwork { .. } => "lossy-network",
         }
     }
+}
+
+fn one() -> u32 {
+    1
 }
 
 fn all() -> u64 {

@@ -8,6 +8,8 @@ mod command;
 mod event;
 mod fault;
 mod line;
+#[cfg(target_os = "linux")]
+pub mod server;
 mod value;
 
 pub use arguments::{
@@ -16,11 +18,11 @@ pub use arguments::{
 };
 pub use command::Command;
 pub use event::{Event, Reason, TimedEvent, Timestamp};
-pub use fault::{Direction, DiskOperation, Fault, FaultOn, Misfit};
+pub use fault::{Direction, DiskOperation, Fault, FaultOn, MessageFault, Misfit};
 pub use line::{Class, Failure, Greeting, LONGEST_LINE, Request, Response};
 pub use value::{
-    BalloonState, BusState, ChannelState, Contact, Counters, DeviceState, Exits, HeartbeatState,
-    IpInformation, KvpItem, KvpItems, RunState, Status,
+    BalloonState, BusState, ChannelState, Contact, Counters, DeviceState, Exits, FaultsCleared,
+    HeartbeatState, IpInformation, KvpItem, KvpItems, RunState, Status,
 };
 
 #[cfg(test)]

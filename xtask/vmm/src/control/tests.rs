@@ -42,7 +42,10 @@ fn samples() -> Vec<(&'static str, Value)> {
             "disk-add",
             json!({ "controller": "disk0", "lun": 3, "file": "/a b.vhdx", "read-only": true }),
         ),
-        ("disk-eject", json!({ "controller": "disk0", "lun": 3 })),
+        (
+            "disk-eject",
+            json!({ "controller": "disk0", "lun": 3, "force": false }),
+        ),
         ("link", json!({ "nic": "net0", "up": false })),
         ("mtu", json!({ "nic": "net0", "mtu": 9000 })),
         ("balloon", json!({ "target-mib": 128 })),
@@ -88,6 +91,7 @@ fn each_fault_is_read_and_written_the_same() {
         json!({ "kind": "corrupt-ring", "direction": "to-host" }),
         json!({ "kind": "stall" }),
         json!({ "kind": "rescind", "skip": 100 }),
+        json!({ "kind": "message", "what": "wrong-id", "messages": 2 }),
         json!({ "kind": "slow-disk", "lun": 0, "milliseconds": 50 }),
         json!({ "kind": "failing-disk", "lun": 1, "operation": "write", "offset": 0, "length": 512 }),
         json!({ "kind": "torn-writes", "lun": 1, "bytes": 512 }),
@@ -166,8 +170,8 @@ fn a_wrong_line_is_answered_with_one_sentence() {
             r#"{"execute":"fault","arguments":{"device":"d","kind":"fire"}}"#,
             Class::GenericError,
             "`fault`: unknown variant `fire`, expected one of `drop`, `delay`, `truncate`, `extend`, \
-             `transaction-id`, `spoil`, `corrupt-ring`, `stall`, `rescind`, `slow-disk`, `failing-disk`, \
-             `torn-writes`, `lossy-network`",
+             `transaction-id`, `spoil`, `corrupt-ring`, `stall`, `rescind`, `message`, `slow-disk`, \
+             `failing-disk`, `torn-writes`, `lossy-network`",
         ),
         (
             r#"{"execute":"fault","arguments":{"device":"d","kind":"stall","bytes":1}}"#,

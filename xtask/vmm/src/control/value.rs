@@ -74,6 +74,12 @@ values! {
         pub counters: BTreeMap<String, u64>,
     }
 
+    /// What clearing faults has ended.
+    FaultsCleared {
+        /// Packets that were hit.
+        pub hits: u64,
+    }
+
     /// How often the virtual processors have left the guest.
     Exits {
         /// All together.
@@ -86,6 +92,10 @@ values! {
     HeartbeatState {
         /// In a word.
         pub contact: Contact,
+        /// How its applications are, as it says.
+        pub application: String,
+        /// Heartbeats that should have been answered by now, since the last that was.
+        pub missed: u64,
         /// How many were sent.
         pub sent: u64,
         /// How many were answered as they have to be.
@@ -129,14 +139,15 @@ values! {
     IpInformation {
         /// Whether it asks a DHCP server.
         pub dhcp: bool,
-        /// Addresses.
+        /// Addresses, as `192.0.2.5/24`.
         pub addresses: Vec<String>,
-        /// Subnet masks, or lengths of prefixes, in the order of the addresses.
-        pub subnets: Vec<String>,
         /// Gateways.
         pub gateways: Vec<String>,
         /// Name servers.
         pub dns: Vec<String>,
+        /// What the guest wrote and is none of these.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        pub unknown: Vec<String>,
     }
 }
 

@@ -10,10 +10,10 @@ use vmbus_host::machine::SharedDynamicMemory;
 use vmbus_host::provider::Provider;
 use vmbus_host::sync::Mutex;
 
-use super::Part;
 use super::observed::Observed;
+use super::{Counters, Devices, Part, counted};
 use crate::config;
-use crate::control::{BalloonState, Event};
+use crate::control::{BalloonState, Event, Failure};
 use crate::runner::{Events, Vm};
 
 /// Pages of a MiB.
@@ -26,6 +26,8 @@ const INSTANCE: Guid = Guid::literal("1eccfd72-4b41-45ef-b73a-4a6e44c12924");
 pub struct Balloon {
     memory: Arc<Mutex<DynamicMemory>>,
     target_mib: Arc<Mutex<u64>>,
+    /// Pages that the VM was given beyond what it started with.
+    added: Mutex<u64>,
     vm: Arc<Mutex<Option<Arc<dyn Vm>>>>,
     events: Events,
 }
@@ -37,6 +39,7 @@ impl Balloon {
         Self {
             memory: Arc::new(Mutex::new(memory)),
             target_mib: Arc::new(Mutex::new(mib)),
+            added: Mutex::new(0),
             vm: Arc::default(),
             events,
         }
@@ -47,6 +50,29 @@ impl Balloon {
         let mib = u64::from(mib);
         *self.target_mib.lock() = mib;
         self.memory.lock().set_target(mib * PAGES_PER_MIB);
+    }
+
+    /// Gives the guest so many more MiB than it started with.
+    ///
+    /// # Errors
+    /// When the VM has no room for them.
+    pub fn hot_add(&self, vm: &dyn Vm, mib: u32) -> Result<(), Failure> {
+        let count = u64::from(mib) * PAGES_PER_MIB;
+        let room = vm.hot_add_range();
+        let mut added = self.added.lock();
+        let first = room.start.0 + *added;
+        let end = first.checked_add(count).filter(|end| *end <= room.end.0);
+        if end.is_none() || mib == 0 {
+            let left = (room.end.0 - first) / PAGES_PER_MIB;
+            let desc = format!("the VM has room for {left} MiB more, not for {mib}");
+            return Err(Failure::generic(desc));
+        }
+        let pages = usize::try_from(count).unwrap_or(usize::MAX);
+        vm.hot_add_memory(PageNumber(first), pages)
+            .map_err(|error| Failure::generic(format!("memory cannot be added: {error}")))?;
+        *added += count;
+        self.memory.lock().hot_add((first, count));
+        Ok(())
     }
 
     /// How it stands.
@@ -97,19 +123,20 @@ impl Part for Balloon {
         Box::new(Observed::by(shared, look))
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
+    fn counters(&self) -> Counters {
         let memory = self.memory.lock();
-        vec![
+        counted([
             ("pages", memory.actual()),
             ("removed-pages", state(&memory, 0).removed_pages),
             ("status-reports", memory.reports().0),
             ("balloon-responses", memory.balloon_responses()),
             ("complaints", memory.complaints().len() as u64),
-        ]
+        ])
     }
 
     fn begin(&mut self, vm: &Arc<dyn Vm>) {
         *self.vm.lock() = Some(Arc::clone(vm));
+        *self.added.lock() = 0;
     }
 
     fn finish(&mut self) {
@@ -124,4 +151,15 @@ struct Seen {
     removed: usize,
     /// How many pages it had.
     actual: Option<u64>,
+}
+
+impl Devices {
+    /// Sets how much memory the guest should have.
+    ///
+    /// # Errors
+    /// When the machine has no dynamic memory.
+    pub fn set_balloon(&self, target_mib: u32) -> Result<(), Failure> {
+        self.balloon()?.set_target(target_mib);
+        Ok(())
+    }
 }

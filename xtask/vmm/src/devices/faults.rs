@@ -69,7 +69,8 @@ fn of_channel(fault: &Fault) -> Option<ChannelFault> {
         Fault::CorruptRing {} => ChannelFault::CorruptRing,
         Fault::Stall {} => ChannelFault::Stall,
         Fault::Rescind {} => ChannelFault::Rescind,
-        Fault::SlowDisk { .. }
+        Fault::Message { .. }
+        | Fault::SlowDisk { .. }
         | Fault::FailingDisk { .. }
         | Fault::TornWrites { .. }
         | Fault::LossyNetwork { .. } => return None,

@@ -3,9 +3,17 @@
 //! A device kind is one file here: what it makes of its configuration, the provider that serves it, and what
 //! the control stream can ask of it. Devices outlive the VM: a guest that starts anew finds them as they are.
 
+mod ask;
 mod balloon;
 mod faults;
+mod heartbeat;
+mod instance;
+mod integration;
+mod kvp;
 mod observed;
+mod scsi;
+mod shutdown;
+mod time_sync;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,14 +23,22 @@ use vmbus::protocol::Guid;
 use vmbus_host::bus;
 use vmbus_host::faults::ChannelFaults;
 use vmbus_host::host::Host;
+use vmbus_host::integration::{Heartbeat, Kvp, Shutdown, TimeSync};
 use vmbus_host::provider::Provider;
+use vmbus_host::work::Threads;
 
 pub use balloon::Balloon;
+pub use scsi::OpenDisk;
 
+use self::integration::Integration;
+use self::scsi::Scsi;
 use crate::config::{self, Config, Kind};
 use crate::control::{Class, Failure, Fault};
 use crate::runner::{Events, Vm};
 use observed::Observed;
+
+/// Numbers by their names.
+type Counters = BTreeMap<String, u64>;
 
 /// What all device kinds have in common.
 trait Part {
@@ -33,7 +49,7 @@ trait Part {
     fn provider(&self) -> Box<dyn Provider>;
 
     /// What it has counted.
-    fn counters(&self) -> Vec<(&'static str, u64)>;
+    fn counters(&self) -> Counters;
 
     /// A VM is below the host.
     fn begin(&mut self, _vm: &Arc<dyn Vm>) {}
@@ -50,22 +66,59 @@ trait Part {
     fn clear_faults(&self) {}
 }
 
-/// A device by its kind.
-enum Body {
+/// Declares the kinds of devices.
+macro_rules! bodies {
+    ($($kind:ident($part:ty)),+ $(,)?) => {
+        /// A device by its kind.
+        enum Body {
+            $($kind($part)),+
+        }
+
+        impl Body {
+            fn part(&self) -> &dyn Part {
+                match self {
+                    $(Self::$kind(part) => part),+
+                }
+            }
+
+            fn part_mut(&mut self) -> &mut dyn Part {
+                match self {
+                    $(Self::$kind(part) => part),+
+                }
+            }
+        }
+    };
+}
+
+bodies! {
+    Scsi(Scsi),
+    Heartbeat(Integration<Heartbeat>),
+    Shutdown(Integration<Shutdown>),
+    TimeSync(Integration<TimeSync>),
+    Kvp(Integration<Kvp>),
     Balloon(Balloon),
 }
 
-impl Body {
-    fn part(&self) -> &dyn Part {
-        match self {
-            Self::Balloon(balloon) => balloon,
-        }
-    }
+/// What devices share that do slow work.
+#[derive(Default)]
+struct Workshop {
+    disks: Option<Arc<Threads>>,
+}
 
-    fn part_mut(&mut self) -> &mut dyn Part {
-        match self {
-            Self::Balloon(balloon) => balloon,
+/// Threads that read and write disks.
+const DISK_THREADS: usize = 4;
+
+impl Workshop {
+    /// Who reads and writes disks.
+    fn disks(&mut self) -> Result<Arc<Threads>, Failure> {
+        if let Some(disks) = &self.disks {
+            return Ok(Arc::clone(disks));
         }
+        let threads = Threads::new("disk", DISK_THREADS).map_err(|error| {
+            let desc = format!("there is no room for the threads of the disks: {error}");
+            Failure::generic(desc)
+        })?;
+        Ok(Arc::clone(self.disks.insert(Arc::new(threads))))
     }
 }
 
@@ -92,8 +145,14 @@ impl Devices {
     /// # Errors
     /// One sentence for the first device that cannot be built.
     pub fn new(config: &Config, events: &Events) -> Result<Self, Failure> {
+        let mut workshop = Workshop::default();
         let build = |device: &config::Device| {
             let body = match device {
+                config::Device::Scsi(scsi) => Body::Scsi(Scsi::new(scsi, &mut workshop)?),
+                config::Device::Heartbeat(_) => Body::Heartbeat(heartbeat::build()),
+                config::Device::Shutdown(_) => Body::Shutdown(shutdown::build()),
+                config::Device::TimeSync(_) => Body::TimeSync(time_sync::build()),
+                config::Device::Kvp(_) => Body::Kvp(kvp::build()),
                 config::Device::Balloon(balloon) => {
                     Body::Balloon(Balloon::new(balloon, config.memory_mib, events.clone()))
                 }
@@ -173,6 +232,21 @@ impl Devices {
         })
     }
 
+    /// What a network adapter is called.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    fn adapter(&self, name: &str) -> Result<AdapterNames, Failure> {
+        let found = self.all.iter().find(|device| device.name == name);
+        match found.map(|device| &device.body) {
+            None => {
+                let desc = format!("there is no device `{name}`");
+                Err(Failure::new(Class::DeviceNotFound, desc))
+            }
+            Some(_) => Err(device_is_no(name, "network adapter")),
+        }
+    }
+
     /// Dynamic memory.
     ///
     /// # Errors
@@ -180,6 +254,7 @@ impl Devices {
     pub fn balloon(&self) -> Result<&Balloon, Failure> {
         self.one(Kind::Balloon, |device| match &device.body {
             Body::Balloon(balloon) => Some(balloon),
+            _ => None,
         })
     }
 }
@@ -208,10 +283,7 @@ impl Device {
 
     /// What it has counted.
     pub fn counters(&self) -> BTreeMap<String, u64> {
-        let counters = self.body.part().counters().into_iter();
-        counters
-            .map(|(name, count)| (name.to_owned(), count))
-            .collect()
+        self.body.part().counters()
     }
 
     /// Offers it.
@@ -254,4 +326,23 @@ impl Device {
         let desc = format!("`{}` is not offered", self.name);
         Failure::new(Class::DeviceNotActive, desc)
     }
+}
+
+/// What a guest calls a network adapter.
+struct AdapterNames {
+    /// Its MAC address, in capitals with colons.
+    address: String,
+    /// Its instance GUID, in braces.
+    instance: String,
+}
+
+/// Counters by fixed names.
+fn counted<const N: usize>(counters: [(&str, u64); N]) -> Counters {
+    counters
+        .map(|(name, count)| (name.to_owned(), count))
+        .into()
+}
+
+fn device_is_no(name: &str, what: &str) -> Failure {
+    Failure::new(Class::DeviceNotFound, format!("`{name}` is no {what}"))
 }

@@ -13,6 +13,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::Error;
+
 /// Events that are taken at once.
 const BATCH: usize = 64;
 
@@ -33,6 +35,15 @@ struct Timer {
     descriptor: TimerFd,
     /// The reference time that it is set for.
     set: Option<u64>,
+}
+
+/// Why a channel's signals do not come by a descriptor.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoRoute {
+    #[error("there is no descriptor for a channel: {0}")]
+    Descriptor(#[from] io::Error),
+    #[error(transparent)]
+    Vm(#[from] Error),
 }
 
 /// For how long the host's thread can sleep.
@@ -91,8 +102,8 @@ impl Poll {
     pub(super) fn add_channel(
         &self,
         channel: ChannelId,
-        route: impl FnOnce(&EventFd) -> io::Result<()>,
-    ) -> io::Result<()> {
+        route: impl FnOnce(&EventFd) -> Result<(), Error>,
+    ) -> Result<(), NoRoute> {
         let signal = EventFd::new(EFD_NONBLOCK)?;
         self.add(&signal, u64::from(channel.0))?;
         route(&signal)?;

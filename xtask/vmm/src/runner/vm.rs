@@ -1,13 +1,14 @@
 //! What the host's thread needs of the VM below it.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::ops::Range;
 
 use vmbus::ids::{ConnectionId, PageNumber, VpIndex};
 use vmbus_host::bus::Message;
 use vmbus_host::memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::Error;
 
 /// A VM without a host.
 pub trait Vm: Send + Sync {
@@ -26,7 +27,7 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// When the system has no room. The guest's signals then come by
     /// [`Runner::signal_event`](super::Runner::signal_event).
-    fn route_signal(&self, connection: ConnectionId, event: Option<&EventFd>) -> io::Result<()>;
+    fn route_signal(&self, connection: ConnectionId, event: Option<&EventFd>) -> Result<(), Error>;
 
     /// The guest's memory.
     fn memory(&self) -> GuestMemory;
@@ -44,10 +45,14 @@ pub trait Vm: Send + Sync {
     ///
     /// # Errors
     /// When the system has none, or the guest has it already.
-    fn hot_add_memory(&self, first: PageNumber, count: usize) -> io::Result<()>;
+    fn hot_add_memory(&self, first: PageNumber, count: usize) -> Result<(), Error>;
 
     /// Gives the system the memory behind pages that the guest does not use.
     fn discard(&self, first: PageNumber, count: u64);
+
+    /// Gives input to the guest's serial port. Returns how many bytes there was room for; for more,
+    /// [`Runner::console_drained`](super::Runner::console_drained) is called.
+    fn console_input(&self, bytes: &[u8]) -> usize;
 
     /// How often the virtual processors have left the guest, by reason.
     fn exits(&self) -> BTreeMap<String, u64>;
