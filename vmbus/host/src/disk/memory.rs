@@ -4,9 +4,8 @@ use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::vec;
 
-use spin::Mutex;
-
 use super::{Disk, DiskError, Geometry};
+use crate::sync::Mutex;
 
 /// Bytes that are kept or not kept together.
 const PAGE: u64 = 64 * 1024;

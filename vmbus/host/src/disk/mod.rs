@@ -1,11 +1,27 @@
 //! Disks: what a provider of storage reads and writes.
 
+#[cfg(feature = "std")]
+mod faulty;
+#[cfg(feature = "std")]
+mod file;
 mod memory;
+#[cfg(feature = "std")]
+mod open;
+#[cfg(feature = "std")]
+mod vhdx;
 
 use alloc::string::String;
 use core::fmt;
 
+#[cfg(feature = "std")]
+pub use faulty::{Effect, Failure, Fault, FaultyDisk, Gate, Operations, Pause, Sleep, When};
+#[cfg(feature = "std")]
+pub use file::{Iso, RawDisk};
 pub use memory::MemoryDisk;
+#[cfg(feature = "std")]
+pub use open::{Format, OpenError, Options, Why, open};
+#[cfg(feature = "std")]
+pub use vhdx::Vhdx;
 
 /// A disk of sectors. All methods may be called from several threads at once; requests that overlap and run at the same time have no
 /// order among them.

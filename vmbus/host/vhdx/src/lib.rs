@@ -30,7 +30,7 @@ pub use create::{Settings, create};
 pub use disk::Vhdx;
 pub use error::{Error, Part, Result};
 pub use metadata::Parameters;
-pub use storage::{MemoryStorage, Storage};
+pub use storage::{MemoryStorage, Storage, punch_hole};
 pub use uuid::Uuid;
 
 /// The first bytes of every VHDX file (MS-VHDX 2.2.1).

@@ -147,23 +147,44 @@ impl Storage for File {
         }
     }
 
-    #[cfg(target_os = "linux")]
     fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
-        use rustix::fs::{FallocateFlags, fallocate};
-        use rustix::io::Errno;
-        if length == 0 {
-            return Ok(());
-        }
-        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match fallocate(self, hole, offset, length) {
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => write_zeros(self, offset, length),
-            result => Ok(result?),
+        if punch_hole(self, offset, length)? {
+            Ok(())
+        } else {
+            write_zeros(self, offset, length)
         }
     }
 
     fn sync(&self) -> io::Result<()> {
         // The length is among what is needed to read the data again.
         self.sync_data()
+    }
+}
+
+/// Gives the room of these bytes of a file or block device back to what it lies on: they read as zeros. Whether that can be done
+/// there; if not, nothing has changed.
+///
+/// # Errors
+/// As the file has them.
+pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<bool> {
+    if length == 0 {
+        return Ok(true);
+    }
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::fs::{FallocateFlags, fallocate};
+        use rustix::io::Errno;
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match fallocate(file, hole, offset, length) {
+            Ok(()) => Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = (file, offset);
+        Ok(false)
     }
 }
 
