@@ -165,6 +165,14 @@ pub enum Mistake {
         /// The name.
         name: String,
     },
+    /// A wire with one end, or with more than two.
+    #[error("the wire `{wire}` has the ends {}: a wire joins two adapters", ends.join(", "))]
+    Wire {
+        /// The wire.
+        wire: String,
+        /// The adapters on it.
+        ends: Vec<String>,
+    },
     /// A path that is too long for a socket.
     #[error("the path {} is too long for a socket: at most {limit} bytes here", path.display())]
     SocketPath {
@@ -203,7 +211,13 @@ impl Config {
         for device in &self.devices {
             seen.check(device)?;
         }
-        Ok(())
+        match seen.wires.iter().find(|(_, ends)| ends.len() != 2) {
+            Some((wire, ends)) => Err(Mistake::Wire {
+                wire: (*wire).into(),
+                ends: ends.iter().map(|&end| end.into()).collect(),
+            }),
+            None => Ok(()),
+        }
     }
 }
 
@@ -213,6 +227,8 @@ struct Seen<'a> {
     names: BTreeSet<&'a str>,
     kinds: BTreeSet<Kind>,
     macs: BTreeMap<MacAddress, &'a str>,
+    /// Wires, and the adapters on them.
+    wires: BTreeMap<&'a str, Vec<&'a str>>,
     /// Disk files, and whether each is written to.
     disks: BTreeMap<PathBuf, bool>,
     /// Files and sockets that are made, and by whom.
@@ -318,6 +334,7 @@ impl<'a> Seen<'a> {
                     return Err(Mistake::InterfaceName { name: name.clone() });
                 }
             }
+            Backend::Wire(wire) => self.wires.entry(wire).or_default().push(&net.name),
             Backend::None | Backend::Loop => {}
         }
         if let Some(pcap) = &net.pcap {

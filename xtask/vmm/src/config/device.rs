@@ -146,6 +146,8 @@ pub enum Backend {
     Passt(PathBuf),
     /// The TAP interface of this name.
     Tap(String),
+    /// The other adapter of this VM that is on the wire of this name.
+    Wire(String),
 }
 
 /// Dynamic memory.

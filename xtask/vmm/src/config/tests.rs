@@ -78,6 +78,8 @@ fn everything_can_be_said_and_comes_back_the_same() {
                 { "kind": "net", "name": "net1", "backend": { "tap": "tap0" } },
                 { "kind": "net", "name": "net2", "backend": "none" },
                 { "kind": "net", "name": "net3", "backend": "loop" },
+                { "kind": "net", "name": "net4", "backend": { "wire": "w" } },
+                { "kind": "net", "name": "net5", "backend": { "wire": "w" } },
                 { "kind": "heartbeat" },
                 { "kind": "shutdown", "name": "off" },
                 { "kind": "time-sync" },
@@ -98,6 +100,8 @@ fn everything_can_be_said_and_comes_back_the_same() {
             "net1",
             "net2",
             "net3",
+            "net4",
+            "net5",
             "heartbeat",
             "off",
             "time-sync",
@@ -298,6 +302,10 @@ fn each_mistake_of_a_device_is_one_sentence_that_names_it() {
             net(json!({ "backend": { "tap": "a-name-of-17-bytes" } })),
             "`a-name-of-17-bytes` is no name for a network interface: 1 to 15 characters, no `/` and no blank"
                 .into(),
+        ),
+        (
+            net(json!({ "backend": { "wire": "w" } })),
+            "the wire `w` has the ends net0: a wire joins two adapters".into(),
         ),
         (
             net(json!({ "pcap": path(&folder, "no/net0.pcap") })),
