@@ -17,6 +17,7 @@ mod kmcl;
 mod protocol;
 mod ring;
 pub mod seeds;
+mod storvsp;
 
 pub use balloon::balloon;
 pub use bus::bus_messages;
@@ -25,6 +26,7 @@ pub use ic::{host_ic, ic};
 pub use kmcl::kmcl_channel;
 pub use protocol::protocol;
 pub use ring::{ring_reader, ring_writer};
+pub use storvsp::storvsp;
 
 use serde::{Deserialize, Serialize};
 
@@ -32,7 +34,7 @@ use serde::{Deserialize, Serialize};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target, by name.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
     ("balloon", balloon),
     ("bus_messages", bus_messages),
     ("host_ic", host_ic),
@@ -44,6 +46,7 @@ pub const TARGETS: [Target; 11] = [
     ("protocol", protocol),
     ("ring_reader", ring_reader),
     ("ring_writer", ring_writer),
+    ("storvsp", storvsp),
 ];
 
 /// The most steps of one input: more make it slow, not deep.

@@ -11,7 +11,7 @@ use vmbus_host::integration::{
 use crate::balloon::message;
 use crate::host::{PROFILES, ProviderStep, RingStep, ServerStep, server};
 use crate::ring::{Packet, Ranges};
-use crate::{balloon, bus, ic, input, kmcl, ring};
+use crate::{balloon, bus, ic, input, kmcl, ring, storvsp};
 
 /// An input of the corpus.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -65,6 +65,7 @@ pub fn seeds() -> Vec<Seed> {
     seeds.extend(channels());
     seeds.extend(dynamic_memory());
     seeds.extend(integration());
+    seeds.extend(storage());
     seeds
 }
 
@@ -368,6 +369,80 @@ fn channels() -> Vec<Seed> {
         seeds.push(seed("kmcl_channel", name, bytes));
     }
     seeds
+}
+
+/// What a driver asks of a disk and of a drive, and then what it does with several at once.
+fn storage() -> Vec<Seed> {
+    use storvsp::{Lent, Step};
+    let page = Lent::Own(0, 4096);
+    let to_guest = |lun, cdb, length| Step::Command(lun, cdb, 1, length, page);
+    let from_guest = |lun, cdb, length| Step::Command(lun, cdb, 0, length, page);
+    let disk = [
+        Step::Initialise(4),
+        to_guest(0, &[0xA0, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0, 0], 4096),
+        to_guest(0, &[0x12, 0, 0, 0, 36, 0], 36),
+        to_guest(0, &[0x12, 1, 0x83, 0, 255, 0], 255),
+        to_guest(0, &[0x12, 1, 0xB0, 0, 64, 0], 64),
+        Step::Command(0, &[0; 6], 2, 0, Lent::Nothing),
+        to_guest(0, &[0x25, 0, 0, 0, 0, 0, 0, 0, 0, 0], 8),
+        to_guest(
+            0,
+            &[0x9E, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 32, 0, 0],
+            32,
+        ),
+        to_guest(0, &[0x1A, 0, 0x3F, 0, 192, 0], 192),
+        from_guest(0, &[0x15, 0x10, 0, 0, 24, 0], 24),
+        from_guest(0, &[0x2A, 8, 0, 0, 0, 1, 0, 0, 8, 0], 4096),
+        Step::Work(0),
+        to_guest(0, &[0x28, 0, 0, 0, 0, 1, 0, 0, 8, 0], 4096),
+        to_guest(0, &[0x88, 0, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 1, 0, 0], 512),
+        from_guest(0, &[0x42, 0, 0, 0, 0, 0, 0, 0, 24, 0], 24),
+        Step::Command(0, &[0x35, 0, 0, 0, 0, 0, 0, 0, 0, 0], 2, 0, Lent::Nothing),
+        from_guest(0, &[0x2F, 2, 0, 0, 0, 1, 0, 0, 8, 0], 4096),
+        to_guest(0, &[3, 0, 0, 0, 18, 0], 18),
+    ];
+    let drive = [
+        Step::Initialise(3),
+        to_guest(1, &[0x12, 0, 0, 0, 36, 0], 36),
+        to_guest(1, &[0x4A, 1, 0, 0, 0x10, 0, 0, 0, 8, 0], 8),
+        to_guest(1, &[0x5A, 0, 0x2A, 0, 0, 0, 0, 0, 128, 0], 128),
+        to_guest(1, &[0x46, 0, 0, 0, 0, 0, 0, 0, 128, 0], 128),
+        to_guest(1, &[0x43, 0, 0, 0, 0, 0, 0, 0, 12, 0x40], 12),
+        to_guest(1, &[0x51, 0, 0, 0, 0, 0, 0, 0, 34, 0], 34),
+        to_guest(1, &[0x28, 0, 0, 0, 0, 0, 0, 0, 2, 0], 4096),
+        Step::Command(1, &[0x1E, 0, 0, 0, 1, 0], 2, 0, Lent::Nothing),
+        Step::Command(1, &[0x1B, 0, 0, 0, 2, 0], 2, 0, Lent::Nothing),
+        Step::Medium(1, false),
+        Step::Command(1, &[0; 6], 2, 0, Lent::Nothing),
+        Step::Medium(1, true),
+        Step::Command(1, &[0; 6], 2, 0, Lent::Nothing),
+    ];
+    let write = from_guest(0, &[0x2A, 0, 0, 0, 0, 1, 0, 0, 8, 0], 4096);
+    let on_second = from_guest(0x10, &[0x2A, 0, 0, 0, 0, 1, 0, 0, 8, 0], 4096);
+    let several = [
+        Step::Initialise(2),
+        Step::OpenSubChannel(0),
+        Step::OpenSubChannel(1),
+        write.clone(),
+        on_second.clone(),
+        write.clone(),
+        Step::Work(1),
+        // RESET_BUS, END_INITIALIZATION once more, and a packet that is too short.
+        Step::Packet(0, &[6, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], Lent::Nothing),
+        Step::Packet(1, &[8, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], Lent::Nothing),
+        Step::Packet(2, &[3, 0, 0, 0], Lent::Foreign(1 << 40, 4096)),
+        Step::Work(0),
+        Step::Add(5, true),
+        Step::Remove(0),
+        write,
+        Step::Add(0, false),
+        on_second,
+    ];
+    vec![
+        seed("storvsp", "disk", input(&disk)),
+        seed("storvsp", "drive", input(&drive)),
+        seed("storvsp", "several", input(&several)),
+    ]
 }
 
 fn dynamic_memory() -> Vec<Seed> {
