@@ -215,6 +215,16 @@ impl HostChannel {
         Ok(self.writer.wait_for(bytes)? == vmbus::ring::Room::Available)
     }
 
+    /// Withdraws what [`wait_for_room`](Self::wait_for_room) asked.
+    pub fn stop_waiting(&mut self) -> Result<(), RingError> {
+        self.writer.stop_waiting()
+    }
+
+    /// Whether the guest has read everything that was sent.
+    pub fn is_drained(&self) -> Result<bool, RingError> {
+        self.writer.is_drained()
+    }
+
     /// Takes the guest's next packet. Its room is the guest's again after [`release`](Self::release).
     pub fn receive(&mut self, packet: &mut PacketBuffer) -> Result<bool, RingError> {
         if self.faults.stalls(Direction::FromGuest) {

@@ -18,6 +18,7 @@ pub mod disk;
 pub mod dynamic_memory;
 pub mod faults;
 pub mod host;
+pub mod hvsocket;
 pub mod integration;
 pub mod machine;
 pub mod memory;

@@ -15,6 +15,9 @@ use crate::machine::Machine;
 use crate::message_faults::MessageFault;
 use crate::provider::{Link, Provider};
 
+/// Packets that are taken before others have their turn: more than a guest in good order ever has under way.
+const BUDGET: usize = 64;
+
 /// A component of a host. Clones are the same; one is the provider of the channel, others are in the hands of who asks.
 pub struct Handle<C>(Arc<Inner<C>>);
 
@@ -85,11 +88,15 @@ impl<C: Component> Handle<C> {
     /// Does something with the service, gives the answers that it made to who waits for them, and has the host look.
     pub(super) fn act<R>(&self, with: impl FnOnce(&mut Service<C>) -> R) -> R {
         let result = self.quietly(with);
+        self.wake();
+        result
+    }
+
+    fn wake(&self) {
         let link = self.0.link.lock().clone();
         if let Some(link) = link {
             link.wake();
         }
-        result
     }
 
     fn quietly<R>(&self, with: impl FnOnce(&mut Service<C>) -> R) -> R {
@@ -113,12 +120,22 @@ impl<C: Component> Provider for Handle<C> {
     }
 
     fn serve(&mut self, now: u64, channel: &mut HostChannel) {
+        let mut flooded = false;
         self.quietly(|service| {
             let mut packet = PacketBuffer::default();
+            let mut count = 0;
+            // A packet that came before the room of the last one was given back brings no signal: look once more.
             while let Ok(true) = channel.receive(&mut packet) {
                 service.receive(now, packet.payload());
+                if channel.release().is_err() {
+                    break;
+                }
+                count += 1;
+                if count == BUDGET {
+                    flooded = true;
+                    break;
+                }
             }
-            let _ = channel.release();
             while let Some(message) = service.poll_message(now) {
                 match channel.send(&Outgoing::in_band([&message, &[]])) {
                     Ok(()) => {}
@@ -128,6 +145,9 @@ impl<C: Component> Provider for Handle<C> {
                 }
             }
         });
+        if flooded {
+            self.wake();
+        }
     }
 
     fn closed(&mut self) {

@@ -10,6 +10,7 @@ mod faults;
 mod gpadls;
 mod hostile;
 mod hosts;
+mod hvsocket;
 mod integration;
 mod lifecycle;
 mod memory;
