@@ -11,6 +11,7 @@ mod floor;
 mod linux_boot;
 mod power;
 mod refuse;
+mod test_machine;
 mod variants;
 
 mod guests;
@@ -133,7 +134,21 @@ impl Stand<'_> {
         config: &VmConfig,
         check: impl FnOnce(&mut Vm) -> Result<T>,
     ) -> Result<T> {
-        let mut vm = self.machine.run(config)?;
+        let vm = self.machine.run(config)?;
+        self.keep(vm, check)
+    }
+
+    /// The same on the test machine.
+    pub fn with_vmm<T>(
+        &mut self,
+        config: &vmm::config::Config,
+        check: impl FnOnce(&mut Vm) -> Result<T>,
+    ) -> Result<T> {
+        let vm = self.machine.run_vmm(config)?;
+        self.keep(vm, check)
+    }
+
+    fn keep<T>(&mut self, mut vm: Vm, check: impl FnOnce(&mut Vm) -> Result<T>) -> Result<T> {
         let result = check(&mut vm);
         self.console = vm.console();
         result
@@ -150,6 +165,7 @@ fn all() -> Vec<&'static Test> {
         power::TESTS,
         variants::TESTS,
         balloon::TESTS,
+        test_machine::TESTS,
     ]
     .into_iter()
     .flatten()
