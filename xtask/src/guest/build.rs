@@ -22,6 +22,9 @@ const EFI_TARGET: &str = "x86_64-unknown-uefi";
 /// Target of what runs VMs, agent and test machine: linked statically, runs on any Linux.
 const STATIC_TARGET: &str = "x86_64-unknown-linux-musl";
 
+/// The cargo profile of [`Profile::Tool`].
+const TOOL: &str = "tool";
+
 /// How cargo optimises.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
@@ -29,6 +32,8 @@ pub enum Profile {
     Release,
     /// Checks on, nothing optimised.
     Debug,
+    /// Programs of the test machine: fast enough, and built in half the time of what is shipped.
+    Tool,
 }
 
 /// An appliance that was built.
@@ -53,6 +58,7 @@ pub fn build(workspace: &Workspace, package: &str, profile: Profile) -> Result<G
     let directory = workspace.store().join("guests").join(match profile {
         Profile::Release => "release",
         Profile::Debug => "debug",
+        Profile::Tool => TOOL,
     });
     let stripped = directory.join(format!("{package}.elf"));
     let elf = fs::read(&symbols).with_context(|| format!("cannot read {}", symbols.display()))?;
@@ -79,12 +85,12 @@ pub fn build_efi(
 
 /// Builds the nested machine's agent.
 pub fn build_agent(workspace: &Workspace) -> Result<PathBuf> {
-    cargo(workspace, "agent", STATIC_TARGET, Profile::Release, &[])
+    cargo(workspace, "agent", STATIC_TARGET, Profile::Tool, &[])
 }
 
 /// Builds the test machine.
 pub fn build_vmm(workspace: &Workspace) -> Result<PathBuf> {
-    cargo(workspace, "vmm", STATIC_TARGET, Profile::Release, &[])
+    cargo(workspace, "vmm", STATIC_TARGET, Profile::Tool, &[])
 }
 
 /// Builds one package for one target; gives the path of its executable.
@@ -105,8 +111,10 @@ fn cargo(
         .env("CARGO_TARGET_DIR", workspace.target())
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
-    if profile == Profile::Release {
-        command.arg("--release");
+    match profile {
+        Profile::Release => drop(command.arg("--release")),
+        Profile::Tool => drop(command.args(["--profile", TOOL])),
+        Profile::Debug => {}
     }
     // What ships names no folder of the computer that it was built on.
     let flags: Vec<String> = sources_of_dependencies()
