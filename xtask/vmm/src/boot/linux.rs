@@ -131,13 +131,13 @@ fn page_tables() -> Vec<u8> {
     const PRESENT_WRITABLE: u64 = 0b11;
     const LARGE: u64 = 1 << 7;
     let mut tables = vec![0_u64; 6 * ENTRIES as usize];
-    let table = |index: u64| TABLES + index * PAGE | PRESENT_WRITABLE;
+    let table = |index: u64| (TABLES + index * PAGE) | PRESENT_WRITABLE;
     tables[0] = table(1);
     for index in 0..4_u64 {
         tables[(ENTRIES + index) as usize] = table(2 + index);
     }
     for (entry, address) in tables[2 * ENTRIES as usize..].iter_mut().zip(0..) {
-        *entry = address * LARGE_PAGE | PRESENT_WRITABLE | LARGE;
+        *entry = (address * LARGE_PAGE) | PRESENT_WRITABLE | LARGE;
     }
     tables.into_iter().flat_map(u64::to_le_bytes).collect()
 }

@@ -66,7 +66,7 @@ impl Vp {
                     vp: &theirs.vps[index],
                     fd,
                 }
-                .run()
+                .run();
             })
             .map_err(|error| Error::Kvm {
                 what: "have a thread for a processor",

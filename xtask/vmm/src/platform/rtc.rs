@@ -53,7 +53,7 @@ impl Rtc {
 
 /// Two decimal digits.
 fn bcd(value: u8) -> u8 {
-    value / 10 << 4 | value % 10
+    ((value / 10) << 4) | (value % 10)
 }
 
 /// A moment in UTC.
