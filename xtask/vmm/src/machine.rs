@@ -104,7 +104,7 @@ impl Machine {
 }
 
 /// The host's habits.
-fn profile(config: &Config) -> bus::Profile {
+pub(crate) fn profile(config: &Config) -> bus::Profile {
     let profile = match config.vmbus.profile {
         Profile::TestMachine => bus::Profile::test_machine(),
         Profile::HyperV => bus::Profile::hyper_v(),

@@ -10,6 +10,8 @@ mod input;
 mod life;
 mod partition;
 mod poll;
+#[cfg(test)]
+mod tests;
 mod vm;
 
 use std::io;
@@ -205,12 +207,18 @@ impl Runner {
             if let Some(end) = self.state.lock().end.clone() {
                 return Ok(end);
             }
-            for channel in self.poll.wait(sleep)? {
-                if let Some(life) = self.life.lock().as_mut() {
-                    life.signalled(channel);
-                }
+            self.attend(sleep)?;
+        }
+    }
+
+    /// Sleeps, and notes who has signalled.
+    fn attend(&self, sleep: Sleep) -> io::Result<()> {
+        for channel in self.poll.wait(sleep)? {
+            if let Some(life) = self.life.lock().as_mut() {
+                life.signalled(channel);
             }
         }
+        Ok(())
     }
 
     /// Lets the host run until it has nothing to do.

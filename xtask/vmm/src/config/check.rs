@@ -4,18 +4,18 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
+use vmbus_host::network::{MAX_MTU, MAX_QUEUES, MIN_MTU};
+use vmbus_host::storage::MAX_LUN;
+
 use super::device::{Backend, Device, Kind, Medium, Network, Scsi, Vsock};
 use super::text::MacAddress;
 use super::{CPUS, Config, MEMORY_MIB};
 
-/// The number of the last LUN of a controller (spec storvsc.md 6).
-const LAST_LUN: u8 = 63;
-
 /// Channels of one device.
-const QUEUES: RangeInclusive<u16> = 1..=64;
+const QUEUES: RangeInclusive<u16> = 1..=MAX_QUEUES;
 
-/// Largest packets that a network adapter can be set to: IPv6's minimum to a jumbo frame's.
-const MTU: RangeInclusive<u16> = 1280..=9202;
+/// Largest packets that a network adapter can be set to, in bytes.
+const MTU: RangeInclusive<u32> = MIN_MTU..=MAX_MTU;
 
 /// Bytes of a Unix socket's path, the final zero not counted (`man 7 unix`).
 const SOCKET_PATH: usize = 107;
@@ -94,7 +94,7 @@ pub enum Mistake {
         queues: u16,
     },
     /// A LUN that no controller has.
-    #[error("`{controller}` has LUNs 0 to {LAST_LUN}, not {lun}")]
+    #[error("`{controller}` has LUNs 0 to {MAX_LUN}, not {lun}")]
     NoSuchLun {
         /// The controller.
         controller: String,
@@ -137,7 +137,7 @@ pub enum Mistake {
         /// The device.
         device: String,
         /// What was asked for.
-        mtu: u16,
+        mtu: u32,
     },
     /// The address of a group, or of nobody.
     #[error("`{device}` cannot have the address {mac}: it is that of a group, or of nobody")]
@@ -265,7 +265,7 @@ impl<'a> Seen<'a> {
         let mut luns = BTreeSet::new();
         for disk in &scsi.luns {
             let lun = disk.lun;
-            if lun > LAST_LUN {
+            if lun > MAX_LUN {
                 let controller = controller();
                 return Err(Mistake::NoSuchLun { controller, lun });
             }

@@ -121,7 +121,7 @@ pub struct Network {
     pub mac: Option<MacAddress>,
     /// Bytes of the largest packet in a frame.
     #[serde(default = "default_mtu")]
-    pub mtu: u16,
+    pub mtu: u32,
     /// Channels that the guest may have, the primary one included.
     #[serde(default = "one")]
     pub queues: u16,
@@ -178,7 +178,7 @@ fn one() -> u16 {
     1
 }
 
-fn default_mtu() -> u16 {
+fn default_mtu() -> u32 {
     1500
 }
 

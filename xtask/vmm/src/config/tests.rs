@@ -276,7 +276,7 @@ fn each_mistake_of_a_device_is_one_sentence_that_names_it() {
         ),
         (
             net(json!({ "mtu": 500 })),
-            "`net0` has an MTU of 1280 to 9202, not 500".into(),
+            "`net0` has an MTU of 576 to 9202, not 500".into(),
         ),
         (
             net(json!({ "queues": 65 })),

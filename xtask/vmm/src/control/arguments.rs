@@ -146,7 +146,7 @@ arguments! {
         /// The network adapter.
         pub nic: String,
         /// Bytes of the largest packet in a frame.
-        pub mtu: u16,
+        pub mtu: u32,
     }
 
     /// How much memory the guest should have.

@@ -81,31 +81,44 @@ pub enum Fault {
     SlowDisk {
         /// The disk of the controller.
         lun: u8,
-        /// How long each transfer takes, at least.
+        /// What is slow.
+        #[serde(default)]
+        operation: DiskOperation,
+        /// How much longer it takes.
         milliseconds: u64,
+        /// How often; without it always.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        requests: Option<u64>,
     },
-    /// Parts of a disk cannot be read or written.
+    /// A disk, or a part of it, cannot be read or written.
     FailingDisk {
         /// The disk of the controller.
         lun: u8,
         /// What fails.
         #[serde(default)]
         operation: DiskOperation,
-        /// Where the part begins, in bytes.
+        /// How it fails.
         #[serde(default)]
-        offset: u64,
-        /// How long it is, in bytes; without it to the end.
+        error: DiskFailure,
+        /// Where the part begins, in bytes; without it all of the disk fails.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        offset: Option<u64>,
+        /// How long the part is, in bytes; without it to the end.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         length: Option<u64>,
+        /// How often; without it always.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        requests: Option<u64>,
     },
-    /// Writes of a disk are cut off in the middle.
+    /// Writes of a disk are cut off in the middle, and fail.
     TornWrites {
         /// The disk of the controller.
         lun: u8,
-        /// How many bytes of a write still get there.
-        bytes: u64,
+        /// How often; without it always.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        requests: Option<u64>,
     },
-    /// A network loses frames, doubles them, changes their order and makes them late.
+    /// A network loses frames, doubles them, changes their order and their bits, and makes them late.
     LossyNetwork {
         /// Lost frames of a thousand.
         #[serde(default)]
@@ -116,6 +129,9 @@ pub enum Fault {
         /// Frames of a thousand that come after the next one.
         #[serde(default)]
         reordering: u16,
+        /// Frames of a thousand of which one bit is another.
+        #[serde(default)]
+        corruption: u16,
         /// How late all are, in milliseconds.
         #[serde(default)]
         milliseconds: u64,
@@ -166,6 +182,19 @@ pub enum DiskOperation {
     /// Anything.
     #[default]
     Any,
+}
+
+/// How a disk fails.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskFailure {
+    /// Its surface is broken there.
+    #[default]
+    Medium,
+    /// It does not react.
+    NotReady,
+    /// There is no room for what is written.
+    NoSpace,
 }
 
 /// A fault that a device of this kind cannot have.

@@ -18,7 +18,7 @@ pub use arguments::{
 };
 pub use command::Command;
 pub use event::{Event, Reason, TimedEvent, Timestamp};
-pub use fault::{Direction, DiskOperation, Fault, FaultOn, MessageFault, Misfit};
+pub use fault::{Direction, DiskFailure, DiskOperation, Fault, FaultOn, MessageFault, Misfit};
 pub use line::{Class, Failure, Greeting, LONGEST_LINE, Request, Response};
 pub use value::{
     BalloonState, BusState, ChannelState, Contact, Counters, DeviceState, Exits, FaultsCleared,

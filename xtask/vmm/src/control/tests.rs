@@ -92,10 +92,10 @@ fn each_fault_is_read_and_written_the_same() {
         json!({ "kind": "stall" }),
         json!({ "kind": "rescind", "skip": 100 }),
         json!({ "kind": "message", "what": "wrong-id", "messages": 2 }),
-        json!({ "kind": "slow-disk", "lun": 0, "milliseconds": 50 }),
-        json!({ "kind": "failing-disk", "lun": 1, "operation": "write", "offset": 0, "length": 512 }),
-        json!({ "kind": "torn-writes", "lun": 1, "bytes": 512 }),
-        json!({ "kind": "lossy-network", "loss": 10, "duplication": 5, "reordering": 5, "milliseconds": 0 }),
+        json!({ "kind": "slow-disk", "lun": 0, "operation": "any", "milliseconds": 50 }),
+        json!({ "kind": "failing-disk", "lun": 1, "operation": "write", "error": "not-ready", "offset": 0, "length": 512 }),
+        json!({ "kind": "torn-writes", "lun": 1, "requests": 1 }),
+        json!({ "kind": "lossy-network", "loss": 10, "duplication": 5, "reordering": 5, "corruption": 1, "milliseconds": 0 }),
     ] {
         let mut arguments = fault.as_object().unwrap().clone();
         arguments.insert("device".into(), "d".into());

@@ -4,7 +4,8 @@ use serde::Serialize;
 use vmbus_host::integration::{Kvp, Reply, RequestError, Shutdown, TimeSync};
 
 use super::integration::{Integration, failure};
-use super::{Body, Devices, kvp, shutdown};
+use super::net::Adapter;
+use super::{Body, Devices, Part, kvp, shutdown};
 use crate::config::Kind;
 use crate::control::server::Answer;
 use crate::control::{
@@ -91,22 +92,24 @@ impl Devices {
         });
     }
 
-    /// Gets the IP addresses of a network adapter.
-    pub fn ip_information(&self, nic: &str, answer: Answer) {
-        match self.adapter(nic) {
-            Ok(names) => self.ask_kvp(answer, |kvp, answer| {
-                let reply = kvp.handle.ip_information(&names.address);
+    /// Gets the IP addresses of a network adapter, which Linux knows by its MAC address here.
+    pub fn ip_information(&mut self, nic: &str, answer: Answer) {
+        match self.nic(nic).map(Adapter::address) {
+            Ok(address) => self.ask_kvp(answer, |kvp, answer| {
+                let reply = kvp.handle.ip_information(&address);
                 later("kvp", reply, answer, kvp::information);
             }),
             Err(failure) => answer.done(Err(failure)),
         }
     }
 
-    /// Gives a network adapter IP addresses.
-    pub fn set_ip_information(&self, settings: &IpSettings, answer: Answer) {
-        let information = self
-            .adapter(&settings.nic)
-            .and_then(|names| kvp::settings(names.instance, settings));
+    /// Gives a network adapter IP addresses. Linux knows it by its instance here.
+    pub fn set_ip_information(&mut self, settings: &IpSettings, answer: Answer) {
+        let instance = self
+            .nic(&settings.nic)
+            .map(|adapter| adapter.offer().instance);
+        let information =
+            instance.and_then(|instance| kvp::settings(format!("{{{instance}}}"), settings));
         match information {
             Ok(information) => self.ask_kvp(answer, |kvp, answer| {
                 let reply = kvp.handle.set_ip_information(&information);

@@ -6,13 +6,14 @@ use vmbus::ids::PageNumber;
 use vmbus::protocol::{Guid, interface};
 use vmbus_host::bus;
 use vmbus_host::dynamic_memory::DynamicMemory;
+use vmbus_host::host::Host;
 use vmbus_host::machine::SharedDynamicMemory;
 use vmbus_host::provider::Provider;
 use vmbus_host::sync::Mutex;
 
 use super::observed::Observed;
 use super::{Counters, Devices, Part, counted};
-use crate::config;
+use crate::config::{self, Kind};
 use crate::control::{BalloonState, Event, Failure};
 use crate::runner::{Events, Vm};
 
@@ -46,7 +47,7 @@ impl Balloon {
     }
 
     /// Sets how much memory the guest should have, in MiB.
-    pub fn set_target(&self, mib: u32) {
+    fn set_target(&self, mib: u32) {
         let mib = u64::from(mib);
         *self.target_mib.lock() = mib;
         self.memory.lock().set_target(mib * PAGES_PER_MIB);
@@ -56,7 +57,7 @@ impl Balloon {
     ///
     /// # Errors
     /// When the VM has no room for them.
-    pub fn hot_add(&self, vm: &dyn Vm, mib: u32) -> Result<(), Failure> {
+    fn hot_add(&self, vm: &dyn Vm, mib: u32) -> Result<(), Failure> {
         let count = u64::from(mib) * PAGES_PER_MIB;
         let room = vm.hot_add_range();
         let mut added = self.added.lock();
@@ -158,8 +159,19 @@ impl Devices {
     ///
     /// # Errors
     /// When the machine has no dynamic memory.
-    pub fn set_balloon(&self, target_mib: u32) -> Result<(), Failure> {
+    pub fn set_balloon(&self, host: &mut Host, target_mib: u32) -> Result<(), Failure> {
         self.balloon()?.set_target(target_mib);
+        self.wake(host, Kind::Balloon);
+        Ok(())
+    }
+
+    /// Gives the guest so many more MiB than it started with.
+    ///
+    /// # Errors
+    /// When the machine has no dynamic memory, or the VM no room.
+    pub fn hot_add(&self, host: &mut Host, vm: &dyn Vm, mib: u32) -> Result<(), Failure> {
+        self.balloon()?.hot_add(vm, mib)?;
+        self.wake(host, Kind::Balloon);
         Ok(())
     }
 }

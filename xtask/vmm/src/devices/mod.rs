@@ -10,6 +10,7 @@ mod heartbeat;
 mod instance;
 mod integration;
 mod kvp;
+mod net;
 mod observed;
 mod scsi;
 mod shutdown;
@@ -31,6 +32,7 @@ pub use balloon::Balloon;
 pub use scsi::OpenDisk;
 
 use self::integration::Integration;
+use self::net::{Adapter, Wires};
 use self::scsi::Scsi;
 use crate::config::{self, Config, Kind};
 use crate::control::{Class, Failure, Fault};
@@ -92,6 +94,7 @@ macro_rules! bodies {
 
 bodies! {
     Scsi(Scsi),
+    Net(Adapter),
     Heartbeat(Integration<Heartbeat>),
     Shutdown(Integration<Shutdown>),
     TimeSync(Integration<TimeSync>),
@@ -99,10 +102,11 @@ bodies! {
     Balloon(Balloon),
 }
 
-/// What devices share that do slow work.
+/// What devices share while they are built, and after.
 #[derive(Default)]
 struct Workshop {
     disks: Option<Arc<Threads>>,
+    wires: Wires,
 }
 
 /// Threads that read and write disks.
@@ -149,6 +153,7 @@ impl Devices {
         let build = |device: &config::Device| {
             let body = match device {
                 config::Device::Scsi(scsi) => Body::Scsi(Scsi::new(scsi, &mut workshop)?),
+                config::Device::Net(net) => Body::Net(Adapter::new(net, &mut workshop)?),
                 config::Device::Heartbeat(_) => Body::Heartbeat(heartbeat::build()),
                 config::Device::Shutdown(_) => Body::Shutdown(shutdown::build()),
                 config::Device::TimeSync(_) => Body::TimeSync(time_sync::build()),
@@ -232,19 +237,12 @@ impl Devices {
         })
     }
 
-    /// What a network adapter is called.
-    ///
-    /// # Errors
-    /// When there is none of this name.
-    fn adapter(&self, name: &str) -> Result<AdapterNames, Failure> {
-        let found = self.all.iter().find(|device| device.name == name);
-        match found.map(|device| &device.body) {
-            None => {
-                let desc = format!("there is no device `{name}`");
-                Err(Failure::new(Class::DeviceNotFound, desc))
-            }
-            Some(_) => Err(device_is_no(name, "network adapter")),
-        }
+    /// Has the provider of the one device of this kind look.
+    fn wake(&self, host: &mut Host, kind: Kind) {
+        let devices = self.all.iter().filter(|device| device.kind == kind);
+        devices
+            .filter_map(|device| device.channel)
+            .for_each(|channel| host.wake(channel));
     }
 
     /// Dynamic memory.
@@ -326,14 +324,6 @@ impl Device {
         let desc = format!("`{}` is not offered", self.name);
         Failure::new(Class::DeviceNotActive, desc)
     }
-}
-
-/// What a guest calls a network adapter.
-struct AdapterNames {
-    /// Its MAC address, in capitals with colons.
-    address: String,
-    /// Its instance GUID, in braces.
-    instance: String,
 }
 
 /// Counters by fixed names.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::Answer;
 use crate::control::{
     ChannelState, Class, Command, Counters, DeviceState, DiskAdd, Exits, Failure, FaultsCleared,
-    Link, Mtu, NoArguments,
+    NoArguments,
 };
 use crate::devices::OpenDisk;
 use crate::runner::Runner;
@@ -48,13 +48,12 @@ pub fn execute(runner: &Arc<Runner>, command: Command, answer: Answer) {
         Command::KvpIpSet(settings) => runner.devices().set_ip_information(&settings, answer),
         Command::DiskAdd(disk) => answer.done(add_disk(runner, &disk)),
         Command::DiskEject(disk) => answer.done(runner.devices().eject_disk(&disk)),
-        Command::Link(Link { nic, .. }) | Command::Mtu(Mtu { nic, .. }) => {
-            answer.done(runner.devices().find(&nic).map(drop));
-        }
+        Command::Link(link) => answer.done(runner.devices().set_link(&link.nic, link.up)),
+        Command::Mtu(mtu) => answer.done(runner.devices().set_mtu(&mtu.nic, mtu.mtu)),
         Command::Balloon(target) => {
-            let set = runner.devices().set_balloon(target.target_mib);
-            runner.wake();
-            answer.done(set);
+            let devices = runner.devices();
+            let set = runner.with_host(|host| devices.set_balloon(host, target.target_mib));
+            answer.done(set.unwrap_or_else(|| Err(no_vm())));
         }
         Command::QueryBalloon(NoArguments {}) => {
             let devices = runner.devices();
@@ -168,9 +167,9 @@ fn add_disk(runner: &Runner, disk: &DiskAdd) -> Result<(), Failure> {
 
 fn hot_add(runner: &Runner, mib: u32) -> Result<(), Failure> {
     let vm = runner.vm().ok_or_else(no_vm)?;
-    let result = runner.devices().balloon()?.hot_add(&*vm, mib);
-    runner.wake();
-    result
+    let devices = runner.devices();
+    let added = runner.with_host(|host| devices.hot_add(host, &*vm, mib));
+    added.ok_or_else(no_vm)?
 }
 
 fn clear_faults(runner: &Runner, wanted: Option<&str>) -> Result<FaultsCleared, Failure> {
