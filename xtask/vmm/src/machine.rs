@@ -65,7 +65,7 @@ impl Machine {
         make: impl FnMut() -> Result<Arc<dyn Vm>, crate::Error>,
     ) -> Result<u8, MachineError> {
         let mut make = make;
-        self.runner.begin(make()?);
+        self.runner.begin(make()?)?;
         // The greeting says that the VM is there.
         let server = Server::start(control, Arc::clone(&self.runner))?;
         let end = self.live(&mut make);
@@ -97,7 +97,7 @@ impl Machine {
             events.push(Event::Reset { guest, reason });
             // Its threads end, and its memory is given back before there is more.
             drop(self.runner.finish());
-            self.runner.begin(make()?);
+            self.runner.begin(make()?)?;
             self.runner.resume();
         }
     }

@@ -27,7 +27,7 @@ pub use life::{Channel, Counts};
 pub use poll::Sleep;
 pub use vm::{Crash, End, Vm};
 
-use crate::control::{BusState, Event, Reason, RunState, Status};
+use crate::control::{BusState, Event, Failure, Reason, RunState, Status};
 use crate::devices::Devices;
 use input::Input;
 use life::Life;
@@ -79,15 +79,19 @@ impl Runner {
     }
 
     /// Puts a VM below the host and offers it the devices. It is not started.
-    pub fn begin(&self, vm: Arc<dyn Vm>) {
+    ///
+    /// # Errors
+    /// When what a device had before is not to be had again.
+    pub fn begin(&self, vm: Arc<dyn Vm>) -> Result<(), Failure> {
         let mut devices = self.devices.lock();
         let mut host = Host::new(self.profile.clone(), vm.memory());
         host.on_wish(self.poll.waker());
-        devices.begin(&mut host, &vm);
+        devices.begin(&mut host, &vm)?;
         *self.life.lock() = Some(Life::new(vm, host, devices.names()));
         self.state.lock().end = None;
         self.input.drained();
         self.wake();
+        Ok(())
     }
 
     /// Takes the VM away from the host, whose providers are done with its memory when this returns.

@@ -46,8 +46,9 @@ values! {
         pub name: String,
         /// What sort it is.
         pub kind: Kind,
-        /// Its instance GUID.
-        pub instance: String,
+        /// Its instance GUID. Connections of sockets have their own.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub instance: Option<String>,
         /// Whether the guest is offered it.
         pub offered: bool,
         /// Its open channels, the primary one first.

@@ -5,7 +5,7 @@ use vmbus_host::integration::{Kvp, Reply, RequestError, Shutdown, TimeSync};
 
 use super::integration::{Integration, failure};
 use super::net::Adapter;
-use super::{Body, Devices, Part, kvp, shutdown};
+use super::{Body, Devices, kvp, shutdown};
 use crate::config::Kind;
 use crate::control::server::Answer;
 use crate::control::{
@@ -105,9 +105,7 @@ impl Devices {
 
     /// Gives a network adapter IP addresses. Linux knows it by its instance here.
     pub fn set_ip_information(&mut self, settings: &IpSettings, answer: Answer) {
-        let instance = self
-            .nic(&settings.nic)
-            .map(|adapter| adapter.offer().instance);
+        let instance = self.nic(&settings.nic).map(Adapter::instance);
         let information =
             instance.and_then(|instance| kvp::settings(format!("{{{instance}}}"), settings));
         match information {

@@ -98,11 +98,8 @@ fn state(memory: &DynamicMemory, target_mib: u64) -> BalloonState {
 }
 
 impl Part for Balloon {
-    fn offer(&self) -> bus::Device {
-        bus::Device::new(interface::DYNAMIC_MEMORY, INSTANCE)
-    }
-
-    fn provider(&self) -> Box<dyn Provider> {
+    fn offer(&self) -> Option<(bus::Device, Box<dyn Provider>)> {
+        let device = bus::Device::new(interface::DYNAMIC_MEMORY, INSTANCE);
         let (memory, target) = (self.memory.clone(), self.target_mib.clone());
         let (vm, events) = (self.vm.clone(), self.events.clone());
         let mut seen = Seen::default();
@@ -121,7 +118,7 @@ impl Part for Balloon {
             }
         };
         let shared = SharedDynamicMemory(self.memory.clone());
-        Box::new(Observed::by(shared, look))
+        Some((device, Box::new(Observed::by(shared, look))))
     }
 
     fn counters(&self) -> Counters {
@@ -135,9 +132,10 @@ impl Part for Balloon {
         ])
     }
 
-    fn begin(&mut self, vm: &Arc<dyn Vm>) {
+    fn begin(&mut self, _host: &mut Host, vm: &Arc<dyn Vm>) -> Result<(), Failure> {
         *self.vm.lock() = Some(Arc::clone(vm));
         *self.added.lock() = 0;
+        Ok(())
     }
 
     fn finish(&mut self) {

@@ -27,12 +27,8 @@ impl<C: Component> Integration<C> {
 }
 
 impl<C: Component> Part for Integration<C> {
-    fn offer(&self) -> bus::Device {
-        Handle::<C>::device()
-    }
-
-    fn provider(&self) -> Box<dyn Provider> {
-        Box::new(self.handle.clone())
+    fn offer(&self) -> Option<(bus::Device, Box<dyn Provider>)> {
+        Some((Handle::<C>::device(), Box::new(self.handle.clone())))
     }
 
     fn counters(&self) -> Counters {

@@ -15,6 +15,7 @@ mod observed;
 mod scsi;
 mod shutdown;
 mod time_sync;
+mod vsock;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -34,6 +35,7 @@ pub use scsi::OpenDisk;
 use self::integration::Integration;
 use self::net::{Adapter, Wires};
 use self::scsi::Scsi;
+use self::vsock::Vsock;
 use crate::config::{self, Config, Kind};
 use crate::control::{Class, Failure, Fault};
 use crate::runner::{Events, Vm};
@@ -44,17 +46,19 @@ type Counters = BTreeMap<String, u64>;
 
 /// What all device kinds have in common.
 trait Part {
-    /// The offer.
-    fn offer(&self) -> bus::Device;
-
-    /// What serves its primary channel: the same state each time.
-    fn provider(&self) -> Box<dyn Provider>;
+    /// The offer, and what serves its primary channel: the same state each time. None of what offers channels when
+    /// somebody wants to connect.
+    fn offer(&self) -> Option<(bus::Device, Box<dyn Provider>)> {
+        None
+    }
 
     /// What it has counted.
     fn counters(&self) -> Counters;
 
-    /// A VM is below the host.
-    fn begin(&mut self, _vm: &Arc<dyn Vm>) {}
+    /// There is a new host, with a VM below.
+    fn begin(&mut self, _host: &mut Host, _vm: &Arc<dyn Vm>) -> Result<(), Failure> {
+        Ok(())
+    }
 
     /// The VM is gone.
     fn finish(&mut self) {}
@@ -100,6 +104,7 @@ bodies! {
     TimeSync(Integration<TimeSync>),
     Kvp(Integration<Kvp>),
     Balloon(Balloon),
+    Vsock(Vsock),
 }
 
 /// What devices share while they are built, and after.
@@ -161,12 +166,7 @@ impl Devices {
                 config::Device::Balloon(balloon) => {
                     Body::Balloon(Balloon::new(balloon, config.memory_mib, events.clone()))
                 }
-                other => {
-                    let (kind, name) = (other.kind().name(), other.name());
-                    return Err(Failure::generic(format!(
-                        "`{name}`: this machine has no {kind} devices"
-                    )));
-                }
+                config::Device::Vsock(vsock) => Body::Vsock(Vsock::new(vsock)?),
             };
             Ok(Device {
                 name: device.name().to_owned(),
@@ -181,15 +181,18 @@ impl Devices {
     }
 
     /// Offers all devices on a new host.
-    pub(crate) fn begin(&mut self, host: &mut Host, vm: &Arc<dyn Vm>) {
+    ///
+    /// # Errors
+    /// When what a device had before is not to be had again.
+    pub(crate) fn begin(&mut self, host: &mut Host, vm: &Arc<dyn Vm>) -> Result<(), Failure> {
         for device in &mut self.all {
-            device.body.part_mut().begin(vm);
+            device.body.part_mut().begin(host, vm)?;
             device.channel = None;
-            if device.wanted {
-                // A fresh host has room for more devices than a configuration can name.
-                let _ = device.offer(host);
+            if device.wanted && device.instance().is_some() {
+                device.offer(host)?;
             }
         }
+        Ok(())
     }
 
     /// The host is gone.
@@ -204,7 +207,7 @@ impl Devices {
     pub fn names(&self) -> BTreeMap<Guid, String> {
         let pairs = self.all.iter();
         pairs
-            .map(|device| (device.instance(), device.name.clone()))
+            .filter_map(|device| Some((device.instance()?, device.name.clone())))
             .collect()
     }
 
@@ -268,9 +271,10 @@ impl Device {
         self.kind
     }
 
-    /// Its instance GUID.
-    pub fn instance(&self) -> Guid {
-        self.body.part().offer().instance
+    /// Its instance GUID, if it is offered as a whole.
+    pub fn instance(&self) -> Option<Guid> {
+        let (device, _) = self.body.part().offer()?;
+        Some(device.instance)
     }
 
     /// Whether the guest is offered it.
@@ -293,8 +297,10 @@ impl Device {
         if self.is_offered(host) {
             return Err(Failure::generic(format!("`{name}` is offered already")));
         }
-        let part = self.body.part();
-        let channel = host.add(part.offer(), Observed::new(part.provider()));
+        let Some((device, provider)) = self.body.part().offer() else {
+            return Err(self.not_offered());
+        };
+        let channel = host.add(device, Observed::new(provider));
         let full = || Failure::generic(format!("there is no channel left for `{name}`"));
         self.channel = Some(channel.ok_or_else(full)?);
         self.wanted = true;
@@ -307,7 +313,7 @@ impl Device {
     /// When it is not offered.
     pub fn rescind(&mut self, host: &mut Host) -> Result<(), Failure> {
         let offered = self.is_offered(host);
-        self.wanted = false;
+        self.wanted &= !offered;
         match self.channel.take().filter(|_| offered) {
             Some(channel) if host.rescind(channel) => Ok(()),
             _ => Err(self.not_offered()),
@@ -321,7 +327,11 @@ impl Device {
     }
 
     fn not_offered(&self) -> Failure {
-        let desc = format!("`{}` is not offered", self.name);
+        let name = &self.name;
+        let desc = match self.instance() {
+            Some(_) => format!("`{name}` is not offered"),
+            None => format!("`{name}` is no device that is offered: its connections are"),
+        };
         Failure::new(Class::DeviceNotActive, desc)
     }
 }

@@ -74,6 +74,11 @@ impl Adapter {
         })
     }
 
+    /// Its instance GUID.
+    pub(super) fn instance(&self) -> Guid {
+        self.instance
+    }
+
     /// Its MAC address, in capitals with colons.
     pub(super) fn address(&self) -> String {
         let address = config::MacAddress(self.nic.config().mac);
@@ -94,12 +99,9 @@ fn plug(
 }
 
 impl Part for Adapter {
-    fn offer(&self) -> bus::Device {
-        bus::Device::new(interface::NETWORK, self.instance)
-    }
-
-    fn provider(&self) -> Box<dyn Provider> {
-        Box::new(Netvsp::new(self.nic.clone()))
+    fn offer(&self) -> Option<(bus::Device, Box<dyn Provider>)> {
+        let device = bus::Device::new(interface::NETWORK, self.instance);
+        Some((device, Box::new(Netvsp::new(self.nic.clone()))))
     }
 
     fn counters(&self) -> Counters {

@@ -182,13 +182,10 @@ impl Scsi {
 }
 
 impl Part for Scsi {
-    fn offer(&self) -> bus::Device {
-        bus::Device::new(interface::SCSI_CONTROLLER, self.instance)
-    }
-
-    fn provider(&self) -> Box<dyn Provider> {
+    fn offer(&self) -> Option<(bus::Device, Box<dyn Provider>)> {
+        let device = bus::Device::new(interface::SCSI_CONTROLLER, self.instance);
         let (controller, executor) = (self.controller.clone(), self.executor.clone());
-        Box::new(Storvsp::new(controller, executor))
+        Some((device, Box::new(Storvsp::new(controller, executor))))
     }
 
     fn counters(&self) -> Counters {

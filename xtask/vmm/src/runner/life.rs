@@ -11,7 +11,11 @@ use vmbus_host::host::{Host, Notice};
 use super::events::Events;
 use super::poll::{Poll, Sleep};
 use super::vm::Vm;
+use crate::config::Kind;
 use crate::control::Event;
+
+/// What is of no device is a connection of sockets.
+const SOCKETS: &str = Kind::Vsock.name();
 
 /// One VM and the host above it.
 pub(super) struct Life {
@@ -37,7 +41,7 @@ struct Open {
 pub struct Channel {
     /// Its number on the bus.
     pub id: ChannelId,
-    /// The name of its device; for what the guest or the device made up at run time its instance.
+    /// The name of its device.
     pub device: String,
     /// 0 for the primary channel of its device.
     pub index: u16,
@@ -168,7 +172,7 @@ impl Life {
         let device = match self.host.device(id) {
             Some((_, instance)) => match self.names.get(&instance) {
                 Some(name) => name.clone(),
-                None => instance.to_string(),
+                None => SOCKETS.to_owned(),
             },
             // Gone already; its end follows.
             None => String::new(),

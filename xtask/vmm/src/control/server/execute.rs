@@ -110,7 +110,7 @@ fn devices(runner: &Runner) -> Vec<DeviceState> {
         DeviceState {
             name: device.name().to_owned(),
             kind: device.kind(),
-            instance: device.instance().to_string(),
+            instance: device.instance().map(|instance| instance.to_string()),
             offered: runner
                 .with_host(|host| device.is_offered(host))
                 .unwrap_or(false),

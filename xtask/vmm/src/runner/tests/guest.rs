@@ -260,7 +260,7 @@ impl Rig {
         let devices = Devices::new(config, &events).unwrap();
         let runner = Runner::new(profile(config), devices, events).unwrap();
         let vm = TestVm::new(&runner);
-        runner.begin(vm.clone());
+        runner.begin(vm.clone()).unwrap();
         Self { runner, vm }
     }
 
@@ -269,7 +269,7 @@ impl Rig {
         self.runner.finish();
         *self.vm.guest.lock() = None;
         self.vm = TestVm::new(&self.runner);
-        self.runner.begin(self.vm.clone());
+        self.runner.begin(self.vm.clone()).unwrap();
     }
 
     /// The guest makes contact.

@@ -189,6 +189,10 @@ fn a_device_goes_and_comes_back() {
         rig.fails("rescind", json!({ "device": "balloon" })),
         "`balloon` is not offered"
     );
+    assert!(
+        balloon.channel().attend(|_| false),
+        "the driver is ready for the next"
+    );
     rig.returns("offer", json!({ "device": "balloon" }));
     rig.serve_balloon(&balloon, SECOND);
     assert_eq!(events(&rig, &["CHANNEL_OPENED"]).len(), 1);
@@ -329,6 +333,32 @@ fn cables_and_packet_sizes_are_the_adapters() {
         rig.fails("link", json!({ "nic": "disk0", "up": true })),
         "`disk0` is no network adapter"
     );
+}
+
+#[test]
+fn sockets_are_made_before_the_vm_starts_and_again_for_the_next() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vsock");
+    let devices = json!([{ "kind": "vsock", "path": path }]);
+    let mut rig = rig(devices.clone());
+    assert!(path.exists());
+    let fields = json!({ "kernel": "kernel", "devices": devices });
+    let config: Config = serde_json::from_value(fields).unwrap();
+    let events = crate::runner::Events::new().unwrap();
+    let taken = crate::devices::Devices::new(&config, &events)
+        .err()
+        .unwrap();
+    let sentence = format!("the socket {} is in use by another program", path.display());
+    assert_eq!(taken.desc, sentence);
+    rig.connect();
+    rig.start_anew();
+    assert!(path.exists());
+    assert_eq!(
+        rig.fails("rescind", json!({ "device": "vsock" })),
+        "`vsock` is no device that is offered: its connections are"
+    );
+    rig.runner.finish();
+    assert!(!path.exists());
 }
 
 #[test]
