@@ -87,6 +87,9 @@ pub(crate) struct Layout {
     pub(crate) kind: Range<usize>,
     /// The length, little endian.
     pub(crate) length: Range<usize>,
+    /// The length of what follows in the packet, when the message lies in an envelope that has to stay whole: 32 bits, little
+    /// endian.
+    pub(crate) envelope: Option<Range<usize>>,
 }
 
 /// Bytes that are added to an oversized message: more than a page.
@@ -139,11 +142,12 @@ impl MessageFaults {
         let Some(fault) = self.next() else {
             return send(message);
         };
+        let length = message.len();
         match fault {
             MessageFault::WrongId => invert(&mut message, &layout.id),
             MessageFault::WrongType => invert(&mut message, &layout.kind),
-            MessageFault::Short => message.truncate(message.len() / 2),
-            MessageFault::Oversized => message.resize(message.len() + EXCESS, 0xA5),
+            MessageFault::Short => resize(&mut message, length / 2, layout),
+            MessageFault::Oversized => resize(&mut message, length + EXCESS, layout),
             MessageFault::Overstated => {
                 for byte in message.get_mut(layout.length.clone()).into_iter().flatten() {
                     *byte = 0xFF;
@@ -153,6 +157,17 @@ impl MessageFaults {
             MessageFault::Twice => send(message.clone()),
         }
         send(message);
+    }
+}
+
+fn resize(message: &mut Vec<u8>, length: usize, layout: &Layout) {
+    message.resize(length, 0xA5);
+    let Some(envelope) = &layout.envelope else {
+        return;
+    };
+    let follows = length.saturating_sub(envelope.end) as u32;
+    if let Some(place) = message.get_mut(envelope.clone()) {
+        place.copy_from_slice(&follows.to_le_bytes());
     }
 }
 
@@ -172,6 +187,7 @@ mod tests {
         id: 0..1,
         kind: 1..2,
         length: 2..4,
+        envelope: None,
     };
 
     fn faulty(fault: MessageFault) -> Vec<Vec<u8>> {
@@ -195,6 +211,23 @@ mod tests {
         assert_eq!(faulty(Fault::Overstated), [[1, 2, 0xFF, 0xFF, 9, 9]]);
         assert_eq!(faulty(Fault::Lost), [[0; 6]; 0]);
         assert_eq!(faulty(Fault::Twice), [[1, 2, 6, 0, 9, 9]; 2]);
+    }
+
+    #[test]
+    fn an_envelope_stays_whole() {
+        let layout = Layout {
+            envelope: Some(0..4),
+            ..LAYOUT
+        };
+        let mut faults = MessageFaults::new();
+        faults.inject(MessageFault::Short, 1);
+        faults.apply(
+            &layout,
+            alloc::vec![8, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8],
+            |short| {
+                assert_eq!(short, [2, 0, 0, 0, 1, 2]);
+            },
+        );
     }
 
     #[test]

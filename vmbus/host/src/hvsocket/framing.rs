@@ -18,6 +18,7 @@ pub(super) const LAYOUT: Layout = Layout {
     id: 0..0,
     kind: 0..4,
     length: 4..8,
+    envelope: None,
 };
 
 /// What a packet of the guest says.

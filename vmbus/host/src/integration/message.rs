@@ -121,6 +121,7 @@ pub(super) const LAYOUT: Layout = Layout {
     id: 24..25,
     kind: 12..14,
     length: 18..20,
+    envelope: Some(4..8),
 };
 
 /// A packet as the host sends it: pipe header, component header, body.

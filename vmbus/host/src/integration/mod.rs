@@ -74,8 +74,8 @@ pub trait Component: Send + 'static {
     /// The channel is closed, or the negotiation begins anew.
     fn stopped(&mut self);
 
-    /// No answer to the last request will come.
-    fn unanswered(&mut self) {}
+    /// No answer to the last request will come, and why.
+    fn unanswered(&mut self, _why: RequestError) {}
 
     /// When [`expire`](Self::expire) has something to do, even while a request is under way.
     fn expiry(&self) -> Option<u64> {

@@ -268,7 +268,7 @@ impl<C: Component> Service<C> {
         }
         match self.awaited.take() {
             Some(awaited) if awaited.transaction == header.transaction => {
-                self.answered(now, &awaited, &header, message, body);
+                self.answered(now, awaited, &header, message, body);
             }
             awaited => {
                 self.awaited = awaited;
@@ -286,22 +286,13 @@ impl<C: Component> Service<C> {
     fn answered(
         &mut self,
         now: u64,
-        awaited: &Awaited,
+        awaited: Awaited,
         header: &Header,
         message: &[u8],
         body: &[u8],
     ) {
-        if header.flags != ANSWER_FLAGS {
-            return self.complain("an answer without the flags of one");
-        }
-        if header.kind.get() != awaited.kind {
-            return self.complain("an answer of another message type");
-        }
-        if message.len() != awaited.message.len() {
-            return self.complain("an answer of another length");
-        }
-        if usize::from(header.body_size.get()) > body.len() {
-            return self.complain("an answer whose body is shorter than it says");
+        if let Some(what) = odd(&awaited, header, message, body) {
+            return self.odd_answer(awaited, what);
         }
         let status = header.status.get();
         if awaited.kind == NEGOTIATE {
@@ -311,6 +302,18 @@ impl<C: Component> Service<C> {
             if let Err(complaint) = self.component.answered(now, request, status, body) {
                 self.complain(complaint);
             }
+        }
+    }
+
+    /// An answer that no guest may give, unless the message had a fault: then another may come yet.
+    fn odd_answer(&mut self, awaited: Awaited, what: &'static str) {
+        if awaited.patience != Patience::Endless {
+            self.awaited = Some(awaited);
+            return;
+        }
+        self.complain(what);
+        if awaited.kind != NEGOTIATE {
+            self.component.unanswered(RequestError::Malformed(what));
         }
     }
 
@@ -402,7 +405,7 @@ impl<C: Component> Service<C> {
                 if negotiating {
                     self.begin();
                 } else {
-                    self.component.unanswered();
+                    self.component.unanswered(RequestError::TimedOut);
                 }
             }
             Patience::Until(_) | Patience::Endless => {}
@@ -420,6 +423,21 @@ impl<C: Component> Service<C> {
 
     fn complain(&mut self, what: &'static str) {
         self.complaints.add(what);
+    }
+}
+
+/// What is wrong with an answer's header, if something is.
+fn odd(awaited: &Awaited, header: &Header, message: &[u8], body: &[u8]) -> Option<&'static str> {
+    if header.flags != ANSWER_FLAGS {
+        Some("an answer without the flags of one")
+    } else if header.kind.get() != awaited.kind {
+        Some("an answer of another message type")
+    } else if message.len() != awaited.message.len() {
+        Some("an answer of another length")
+    } else if usize::from(header.body_size.get()) > body.len() {
+        Some("an answer whose body is shorter than it says")
+    } else {
+        None
     }
 }
 

@@ -221,10 +221,9 @@ impl Component for Shutdown {
         }
     }
 
-    fn unanswered(&mut self) {
+    fn unanswered(&mut self, why: RequestError) {
         if let Some(asked) = self.requests.answered() {
-            self.outcomes
-                .add(asked.promise, Err(RequestError::TimedOut));
+            self.outcomes.add(asked.promise, Err(why));
         }
     }
 

@@ -304,9 +304,9 @@ impl Component for TimeSync {
         }
     }
 
-    fn unanswered(&mut self) {
+    fn unanswered(&mut self, why: RequestError) {
         if let Some(promise) = self.requests.answered() {
-            self.outcomes.add(promise, Err(RequestError::TimedOut));
+            self.outcomes.add(promise, Err(why));
         }
     }
 

@@ -60,7 +60,7 @@ struct Seen {
 
 /// The guest's end of a connection.
 #[derive(Clone)]
-struct Socket {
+pub struct Socket {
     channel: Arc<EnabledChannel>,
     seen: Arc<Mutex<Seen>>,
 }
@@ -72,7 +72,7 @@ fn packet(data: &[u8]) -> Vec<u8> {
 
 impl Socket {
     /// Waits for an offer with this service and endpoint.
-    fn new(vm: &Vm, service: Guid, endpoint: Guid, pages: usize) -> Self {
+    pub fn new(vm: &Vm, service: Guid, endpoint: Guid, pages: usize) -> Self {
         let seen = Arc::new(Mutex::new(Seen::default()));
         let reading = seen.clone();
         let channel = ChannelBuilder::new(service)
@@ -94,7 +94,7 @@ impl Socket {
     }
 
     /// Sends as much as the ring has room for; gives the count.
-    fn send(&self, data: &[u8]) -> usize {
+    pub fn send(&self, data: &[u8]) -> usize {
         let mut sent = 0;
         for piece in data.chunks(1000) {
             match self.raw(&packet(piece)) {
@@ -107,10 +107,19 @@ impl Socket {
     }
 
     fn finish(&self) {
-        self.raw(&packet(&[])).unwrap();
+        assert!(self.try_finish());
     }
 
-    fn is_open(&self) -> bool {
+    /// Whether there was room for it.
+    pub fn try_finish(&self) -> bool {
+        self.raw(&packet(&[])).is_ok()
+    }
+
+    pub fn seen_bytes(&self) -> Vec<u8> {
+        self.seen.lock().unwrap().bytes.clone()
+    }
+
+    pub fn is_open(&self) -> bool {
         self.channel.channel().state() == State::Active
     }
 
@@ -118,7 +127,7 @@ impl Socket {
         std::mem::take(&mut self.seen.lock().unwrap().bytes)
     }
 
-    fn ended(&self) -> bool {
+    pub fn ended(&self) -> bool {
         self.seen.lock().unwrap().ended
     }
 
@@ -153,6 +162,30 @@ fn read(channel: &Channel, seen: &Mutex<Seen>) {
     });
 }
 
+/// Posts a message on the connection that the guest's others go by.
+fn post(vm: &Vm, payload: &[u8]) {
+    let named = vm
+        .machine
+        .server(|server| server.profile().named_connection);
+    let old = vm.machine.server(|server| server.version()) < Some(Version::V5_0);
+    let connection: ConnectionId = if old { LEGACY_CONNECTION } else { named };
+    vm.machine.post_message(connection, payload).unwrap();
+    vm.machine.settle();
+}
+
+/// The guest asks for a connection.
+pub fn request(vm: &Vm, service: Guid, endpoint: Guid) {
+    let mut message = Payload::new(&TlConnectRequest { endpoint, service });
+    message.append(&[0; 16]);
+    post(vm, &message);
+}
+
+/// The instance of the first offer that the guest has.
+pub fn offered_endpoint(vm: &Vm) -> Option<Guid> {
+    let offers = vm.vmbus.snapshot().offers;
+    offers.first().map(|info| info.offer.instance)
+}
+
 struct Setup {
     vm: Vm,
     listeners: Listeners,
@@ -178,22 +211,12 @@ impl Setup {
         }
     }
 
-    /// Posts a message on the connection that the guest's others go by.
     fn post(&self, payload: &[u8]) {
-        let named = self
-            .vm
-            .machine
-            .server(|server| server.profile().named_connection);
-        let old = self.vm.machine.server(|server| server.version()) < Some(Version::V5_0);
-        let connection: ConnectionId = if old { LEGACY_CONNECTION } else { named };
-        self.vm.machine.post_message(connection, payload).unwrap();
-        self.vm.machine.settle();
+        post(&self.vm, payload);
     }
 
     fn request(&self, service: Guid, endpoint: Guid) {
-        let mut message = Payload::new(&TlConnectRequest { endpoint, service });
-        message.append(&[0; 16]);
-        self.post(&message);
+        request(&self.vm, service, endpoint);
     }
 
     /// A connection of the guest, open at both ends.
@@ -242,7 +265,7 @@ struct OfferFacts {
 }
 
 /// Bytes that differ.
-fn bytes(count: usize) -> Vec<u8> {
+pub fn bytes(count: usize) -> Vec<u8> {
     (0..count).map(|at| (at * 7 + at / 251) as u8).collect()
 }
 

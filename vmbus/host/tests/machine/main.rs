@@ -12,6 +12,7 @@ mod hostile;
 mod hosts;
 mod hvsocket;
 mod integration;
+mod kvp;
 mod lifecycle;
 mod memory;
 mod monitor;
@@ -25,3 +26,5 @@ mod state_table;
 mod subchannels;
 mod support;
 mod traps;
+#[cfg(unix)]
+mod unix_sockets;

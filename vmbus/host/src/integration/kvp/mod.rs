@@ -324,9 +324,9 @@ impl Component for Kvp {
         }
     }
 
-    fn unanswered(&mut self) {
+    fn unanswered(&mut self, why: RequestError) {
         if let Some(job) = self.requests.answered() {
-            self.end(job, RequestError::TimedOut);
+            self.end(job, why);
         }
     }
 
