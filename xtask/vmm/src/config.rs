@@ -19,8 +19,13 @@ pub use device::{Backend, Balloon, Device, Kind, Lun, Medium, Network, Plain, Sc
 pub use file::ReadError;
 pub use text::{MacAddress, VersionNumber};
 
+use crate::platform::layout;
+
 /// How many MiB of memory a VM can have.
-pub const MEMORY_MIB: RangeInclusive<u32> = 16..=1 << 20;
+pub const MEMORY_MIB: RangeInclusive<u32> = 16..=128 << 10;
+
+const _: () = assert!(*MEMORY_MIB.start() as u64 == layout::MIN_MEMORY_MIB);
+const _: () = assert!(*MEMORY_MIB.end() as u64 == layout::MAX_MEMORY_MIB);
 
 /// How many virtual processors a VM can have.
 pub const CPUS: RangeInclusive<u32> = 1..=64;

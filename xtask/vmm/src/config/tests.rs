@@ -183,11 +183,11 @@ fn each_mistake_is_one_sentence_that_names_the_thing() {
     for (fields, sentence) in [
         (
             json!({ "memory-mib": 15 }),
-            "a VM has 16 to 1048576 MiB of memory, not 15",
+            "a VM has 16 to 131072 MiB of memory, not 15",
         ),
         (
-            json!({ "memory-mib": 1_048_577 }),
-            "a VM has 16 to 1048576 MiB of memory, not 1048577",
+            json!({ "memory-mib": 131_073 }),
+            "a VM has 16 to 131072 MiB of memory, not 131073",
         ),
         (
             json!({ "cpus": 0 }),

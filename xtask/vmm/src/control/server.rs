@@ -7,6 +7,8 @@ mod answers;
 mod client;
 mod execute;
 mod listener;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::io;
