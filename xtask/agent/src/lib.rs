@@ -12,6 +12,7 @@
 #[cfg(target_os = "linux")]
 mod files;
 pub mod flow;
+pub mod messages;
 #[cfg(target_os = "linux")]
 mod priority;
 pub mod protocol;

@@ -106,6 +106,11 @@ pub enum Request {
         /// Path of the socket; in the agent's directory unless absolute.
         path: String,
     },
+    /// Ends a listener and removes its socket. Connections that it accepted stay.
+    Unlisten {
+        /// The listener.
+        listener: ListenerId,
+    },
     /// Ends the agent, and with it the machine that it is the first process of.
     PowerOff,
 }

@@ -150,6 +150,11 @@ impl Server {
             Request::Listen { listener, path } => self
                 .listen(listener, &path)
                 .map_err(|error| format!("cannot listen at {path}: {error}")),
+            Request::Unlisten { listener } => self
+                .listeners
+                .remove(&listener)
+                .map(Listener::end)
+                .ok_or_else(|| format!("there is no listener {}", listener.0)),
             // These two are not answered here.
             Request::Open { .. } | Request::PowerOff => Ok(()),
         }
@@ -252,7 +257,8 @@ impl Server {
                 id.0
             )));
         }
-        let socket = Arc::new(UnixListener::bind(self.directory.join(path))?);
+        let path = self.directory.join(path);
+        let socket = Arc::new(UnixListener::bind(&path)?);
         let (streams, out) = (self.streams.clone(), self.out.clone());
         let accepting = socket.clone();
         let thread = thread::spawn(move || {
@@ -273,7 +279,14 @@ impl Server {
                 }
             }
         });
-        self.listeners.insert(id, Listener { socket, thread });
+        self.listeners.insert(
+            id,
+            Listener {
+                socket,
+                path,
+                thread,
+            },
+        );
         Ok(())
     }
 }
@@ -281,6 +294,7 @@ impl Server {
 /// A listening socket and the thread that accepts its connections.
 struct Listener {
     socket: Arc<UnixListener>,
+    path: PathBuf,
     thread: thread::JoinHandle<()>,
 }
 
@@ -289,6 +303,7 @@ impl Listener {
         // Wakes the thread. It fails only for a socket that is none.
         let _ = rustix::net::shutdown(self.socket.as_fd(), rustix::net::Shutdown::Both);
         drop(self.thread.join());
+        drop(fs::remove_file(&self.path));
     }
 }
 

@@ -26,6 +26,66 @@ pub mod local {
     }
 }
 
+/// There is nothing to share files with.
+pub mod files {
+    /// What a VM may do with a file.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Access {
+        /// Read it, with others.
+        Read,
+        /// Read and change it, alone.
+        Write,
+        /// Write it anew, from nothing.
+        Create,
+    }
+}
+
+/// There is nothing to reach.
+pub mod reach {
+    use std::{convert::Infallible, path::Path};
+
+    use anyhow::Result;
+
+    use crate::machine::{files::Access, link::Link};
+
+    /// There is none.
+    pub struct Reach(Option<Infallible>);
+
+    impl Reach {
+        /// Nothing.
+        pub fn here() -> Self {
+            Self(None)
+        }
+
+        /// Nothing.
+        pub fn nested(_: Link) -> Self {
+            Self(None)
+        }
+
+        /// Fails.
+        pub fn file(&self, _: &Path, _: Access) -> Result<String> {
+            self.nothing()
+        }
+
+        /// Fails.
+        pub fn socket(&self, _: &Path) -> Result<String> {
+            self.nothing()
+        }
+
+        /// Fails.
+        pub fn guest_sockets(&self, _: &Path) -> Result<String> {
+            self.nothing()
+        }
+
+        fn nothing(&self) -> Result<String> {
+            match self.0 {
+                Some(never) => match never {},
+                None => anyhow::bail!("VMs are run on Linux only"),
+            }
+        }
+    }
+}
+
 /// No nested machine can be started.
 pub mod nested {
     use std::{convert::Infallible, path::Path};

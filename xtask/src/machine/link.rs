@@ -172,13 +172,20 @@ impl Link {
         &self,
         path: &str,
         accept: impl Fn() -> io::Result<End> + Send + Sync + 'static,
-    ) -> Result<()> {
+    ) -> Result<ListenerId> {
         let listener = ListenerId(self.next());
         lock(&self.shared.listeners).insert(listener, Arc::new(accept));
         self.ask(Request::Listen {
             listener,
             path: path.to_owned(),
-        })
+        })?;
+        Ok(listener)
+    }
+
+    /// Ends a listener.
+    pub fn unlisten(&self, listener: ListenerId) -> Result<()> {
+        lock(&self.shared.listeners).remove(&listener);
+        self.ask(Request::Unlisten { listener })
     }
 
     /// Sends a line to a VM's control.

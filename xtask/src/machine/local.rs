@@ -1,6 +1,6 @@
 //! VMs on this computer: the agent as a thread, and what /dev/kvm can do.
 
-use std::{fs, os::unix::net::UnixStream, thread, time::Duration};
+use std::{fs, os::unix::net::UnixStream, path::Path, thread, time::Duration};
 
 use agent::server;
 use anyhow::{Context, Result};
@@ -16,7 +16,7 @@ const HYPERV_SYNIC2: u64 = 148;
 pub struct Agent {
     stream: UnixStream,
     thread: Option<thread::JoinHandle<()>>,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Agent {
@@ -34,10 +34,17 @@ impl Agent {
         let agent = Self {
             stream: near.try_clone()?,
             thread: Some(thread),
-            _directory: directory,
+            directory,
         };
         let link = Link::new(near.try_clone()?, near, Duration::from_secs(10))?;
         Ok((agent, link))
+    }
+}
+
+impl Agent {
+    /// Where files are put.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
     }
 }
 

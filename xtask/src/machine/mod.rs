@@ -6,6 +6,8 @@ mod config;
 mod cpio;
 #[cfg(not(target_os = "linux"))]
 mod elsewhere;
+#[cfg(target_os = "linux")]
+mod files;
 mod link;
 mod linux;
 #[cfg(target_os = "linux")]
@@ -14,6 +16,10 @@ mod local;
 mod nested;
 #[cfg(target_os = "linux")]
 pub mod process;
+#[cfg(target_os = "linux")]
+mod reach;
+#[cfg(target_os = "linux")]
+mod sockets;
 mod vm;
 
 use std::{
@@ -30,11 +36,12 @@ use vmm::config::Config;
 #[cfg(not(target_os = "linux"))]
 pub use self::elsewhere::process;
 #[cfg(not(target_os = "linux"))]
-use self::elsewhere::{local, nested};
-use self::{config::Accelerator, link::Link, vm::Start};
+use self::elsewhere::{files, local, nested, reach};
+use self::{config::Accelerator, link::Link, reach::Reach, vm::Start};
 pub use self::{
     config::{Boot, VmConfig, debug_exit_word},
     cpio::Archive,
+    files::Access,
     linux::Linux,
     vm::{Control, Ending, Vm},
 };
@@ -128,13 +135,14 @@ pub struct Machine {
     /// Number of the next configuration file.
     next: AtomicU32,
     ovmf: Option<PathBuf>,
+    reach: Reach,
     // Dropped last to first of this list, after the link has said goodbye.
     end: End,
 }
 
 /// What ends with the machine.
 enum End {
-    Local { _agent: local::Agent },
+    Local { agent: local::Agent },
     Nested { _outer: nested::Outer },
 }
 
@@ -166,7 +174,7 @@ impl Machine {
                     .transpose()?;
                 let (agent, link) = local::Agent::start()?;
                 let qemu = qemu.map(|qemu| process::tied_to_us(qemu.command()));
-                (link, qemu, ovmf, End::Local { _agent: agent })
+                (link, qemu, ovmf, End::Local { agent })
             }
             Kind::Nested => {
                 let outer: Qemu = packages.qemu()?;
@@ -179,7 +187,12 @@ impl Machine {
                 (link, qemu, None, End::Nested { _outer: machine })
             }
         };
+        let reach = match &end {
+            End::Local { .. } => Reach::here(),
+            End::Nested { .. } => Reach::nested(link.clone()),
+        };
         Ok(Self {
+            reach,
             link,
             kind,
             workspace: workspace.clone(),
@@ -201,6 +214,38 @@ impl Machine {
         self.link
             .put(name, content, false)
             .with_context(|| format!("cannot hand over {name}"))
+    }
+
+    /// The path by which a VM on the test machine finds a file of this computer, for its
+    /// configuration or a command. Reads, writes and flushes are those of the file.
+    ///
+    /// # Errors
+    /// In the nested case the file is opened and locked here.
+    pub fn share(&self, file: &Path, access: Access) -> Result<String> {
+        self.reach.file(file, access)
+    }
+
+    /// The path at which a VM on the test machine connects to this Unix socket of this
+    /// computer.
+    pub fn reach(&self, socket: &Path) -> Result<String> {
+        self.reach.socket(socket)
+    }
+
+    /// The path for a VM's device of sockets, if programs of this computer are to find its
+    /// guest at `path`: they connect to `path`, and listen at `path_PORT`.
+    pub fn guest_sockets(&self, path: &Path) -> Result<String> {
+        self.reach.guest_sockets(path)
+    }
+
+    /// Connects to a Unix socket of the system that runs the VMs, relative to where
+    /// [`put`](Self::put) puts files.
+    #[cfg(target_os = "linux")]
+    pub fn connect(&self, path: &str) -> Result<std::os::unix::net::UnixStream> {
+        let here = match &self.end {
+            End::Local { agent } => agent.directory(),
+            End::Nested { .. } => Path::new("/"),
+        };
+        self.reach.connect(here, path)
     }
 
     /// The EFI firmware, on a machine that has one.

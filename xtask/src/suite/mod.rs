@@ -9,6 +9,7 @@ mod boot;
 mod crash;
 mod floor;
 mod linux_boot;
+mod machine;
 mod power;
 mod refuse;
 mod test_machine;
@@ -30,7 +31,7 @@ use self::guests::Guests;
 use crate::{
     cli::Wish,
     fuzz,
-    machine::{self, Boot, Choice, Clock, Kind, Machine, Vm, VmConfig},
+    machine::{self as machines, Boot, Choice, Clock, Kind, Machine, Vm, VmConfig},
     packages::Packages,
     progress, sim,
     workspace::Workspace,
@@ -158,6 +159,7 @@ impl Stand<'_> {
 fn all() -> Vec<&'static Test> {
     [
         floor::TESTS,
+        machine::TESTS,
         boot::TESTS,
         linux_boot::TESTS,
         refuse::TESTS,
@@ -217,7 +219,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
                 kind: Kind::Emulated,
                 reason: "for the tests without Hyper-V".into(),
             },
-            Needs::HyperV => machine::choose(options.machine.into()),
+            Needs::HyperV => machines::choose(options.machine.into()),
         };
         println!("machine: {kind} ({reason})");
         let machine = Machine::start(&workspace, &mut packages, kind, Clock::Wall)?;
