@@ -9,7 +9,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    bench, fuzz,
+    bench, ctl, fuzz,
     guest::{self, Profile, Symboliser},
     header, image,
     machine::{Kind, process},
@@ -35,6 +35,9 @@ enum Command {
     /// Build an appliance, boot it in a VM with Hyper-V, show its console
     #[command(long_about = RUN)]
     Run(run::Options),
+    /// Tell a running VM to shut down, to add a disk, to count, to go wrong, ...
+    #[command(long_about = CTL)]
+    Ctl(ctl::Options),
     /// Run all tests: unit tests on this computer, then guests in VMs
     #[command(long_about = TEST)]
     Test(suite::Options),
@@ -65,15 +68,24 @@ enum Command {
 const RUN: &str = "\
 Build an appliance, boot it in a VM with Hyper-V, show its console.
 
-The machine is chosen by itself: if this computer's /dev/kvm offers Hyper-V, QEMU runs on it \
-directly; otherwise QEMU emulates a small Linux machine whose KVM does (the nested machine; it \
-takes about ten seconds to boot). Software that is missing is fetched once through apt and \
+It runs on the test machine, Enlit's own monitor on KVM with the devices of a Generation 2 VM. If this \
+computer's /dev/kvm offers Hyper-V, it runs there; otherwise QEMU emulates a small Linux machine whose \
+KVM does (the nested machine; it takes about ten seconds to boot), and files and ports are this \
+computer's all the same. Software that is missing is fetched once through apt and \
 unpacked below target/enlit; the system is left as it is, and root is not needed.
 
-Addresses in a panic report are followed by the functions and lines that they belong to.
+Standard input is typed at the guest's serial console. Addresses in a panic report are followed by \
+the functions and lines that they belong to. `cargo xtask ctl` talks to the VM while it runs. When the \
+guest asks for a restart, it restarts.
 
 Ctrl-C ends the VM and everything around it. The exit status is 0 when the guest powers off, 1 when \
-it panics, gives up, or is reset, and 130 after Ctrl-C.";
+it panics or gives up, and 130 after Ctrl-C.";
+
+const CTL: &str = "\
+Tell a running VM to shut down, to add a disk, to count, to go wrong, ...
+
+The VM is the one that `cargo xtask run` has started in this work tree; with several, --vm says which. \
+A command that fails says why in one sentence and ends with status 1.";
 
 const TEST: &str = "\
 Run all tests: unit tests on this computer, then guests in VMs.
@@ -202,6 +214,7 @@ pub fn main() -> ExitCode {
 fn carry_out(command: Command) -> Result<ExitCode> {
     match command {
         Command::Run(options) => run::run(&options),
+        Command::Ctl(options) => ctl::run(&options),
         Command::Test(options) => suite::run(&options),
         Command::Build(what) => build(&what),
         Command::Image(options) => image::run(&options),

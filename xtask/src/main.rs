@@ -8,6 +8,7 @@
 mod bench;
 mod cli;
 mod console;
+mod ctl;
 mod floor;
 mod fuzz;
 mod guest;

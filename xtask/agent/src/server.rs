@@ -101,14 +101,34 @@ impl Server {
                     self.open(id, stream, to);
                     continue;
                 }
-                request => self.carry_out(id, request),
+                // A file may be one whose content the client has to bring: aside.
+                Request::Read { path } => {
+                    let out = self.out.clone();
+                    thread::spawn(move || {
+                        let result = read(&out, id, &path);
+                        let reason = |error| format!("cannot read {path}: {error}");
+                        // A client that has gone hears nothing.
+                        drop(out.answer(id, result.map_err(reason)));
+                    });
+                    continue;
+                }
+                Request::Write { path, data } => {
+                    let out = self.out.clone();
+                    thread::spawn(move || {
+                        let result = write(&path, &data);
+                        let reason = |error| format!("cannot write {path}: {error}");
+                        drop(out.answer(id, result.map_err(reason)));
+                    });
+                    continue;
+                }
+                request => self.carry_out(request),
             };
             self.out.answer(id, result)?;
         }
         Ok(Ending::Closed)
     }
 
-    fn carry_out(&mut self, id: RequestId, request: Request) -> Result<(), String> {
+    fn carry_out(&mut self, request: Request) -> Result<(), String> {
         match request {
             Request::Put {
                 name,
@@ -138,15 +158,6 @@ impl Server {
                 self.vm(vm)?.kill();
                 Ok(())
             }
-            Request::Read { path } => self
-                .read(id, &path)
-                .map_err(|error| format!("cannot read {path}: {error}")),
-            Request::Write { path, data } => fs::OpenOptions::new()
-                .write(true)
-                .truncate(true)
-                .open(&path)
-                .and_then(|mut file| file.write_all(&data))
-                .map_err(|error| format!("cannot write {path}: {error}")),
             Request::Listen { listener, path } => self
                 .listen(listener, &path)
                 .map_err(|error| format!("cannot listen at {path}: {error}")),
@@ -155,8 +166,11 @@ impl Server {
                 .remove(&listener)
                 .map(Listener::end)
                 .ok_or_else(|| format!("there is no listener {}", listener.0)),
-            // These two are not answered here.
-            Request::Open { .. } | Request::PowerOff => Ok(()),
+            // These are not answered here.
+            Request::Read { .. }
+            | Request::Write { .. }
+            | Request::Open { .. }
+            | Request::PowerOff => Ok(()),
         }
     }
 
@@ -182,21 +196,6 @@ impl Server {
             .mode(if executable { 0o755 } else { 0o644 })
             .open(path)?;
         file.write_all_at(data, offset)
-    }
-
-    fn read(&self, id: RequestId, path: &str) -> io::Result<()> {
-        let mut file = fs::File::open(path)?;
-        let mut buffer = vec![0; CHUNK];
-        loop {
-            let length = file.read(&mut buffer)?;
-            if length == 0 {
-                return Ok(());
-            }
-            self.out.event(&Event::Part {
-                id,
-                data: buffer.get(..length).unwrap_or_default().to_vec(),
-            })?;
-        }
     }
 
     fn start(&mut self, vm: VmId, program: &Program) -> Result<(), String> {
@@ -289,6 +288,29 @@ impl Server {
         );
         Ok(())
     }
+}
+
+fn read(out: &Out, id: RequestId, path: &str) -> io::Result<()> {
+    let mut file = fs::File::open(path)?;
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let length = file.read(&mut buffer)?;
+        if length == 0 {
+            return Ok(());
+        }
+        out.event(&Event::Part {
+            id,
+            data: buffer.get(..length).unwrap_or_default().to_vec(),
+        })?;
+    }
+}
+
+fn write(path: &str, data: &[u8]) -> io::Result<()> {
+    fs::OpenOptions::new()
+        .write(true)
+        .truncate(true)
+        .open(path)?
+        .write_all(data)
 }
 
 /// A listening socket and the thread that accepts its connections.

@@ -62,7 +62,8 @@ pub struct Files {
     entries: Entries,
 }
 
-type Entries = Arc<Mutex<Vec<Arc<Entry>>>>;
+/// A place is not used again: the kernel may remember what was there.
+type Entries = Arc<Mutex<Vec<Option<Arc<Entry>>>>>;
 
 #[derive(Debug)]
 struct Entry {
@@ -98,12 +99,27 @@ impl Files {
         let mut entries = lock(&self.entries);
         // The ending of a disk's name may matter.
         let name = format!("{}-{own}", entries.len());
-        entries.push(Arc::new(Entry {
+        entries.push(Some(Arc::new(Entry {
             name: name.clone(),
             file,
             writable: access != Access::Read,
-        }));
+        })));
         Ok(format!("{DIRECTORY}/{name}"))
+    }
+
+    /// Takes a file out by its path in the nested machine, and unlocks it.
+    pub fn forget(&self, path: &str) {
+        let name = path
+            .strip_prefix(DIRECTORY)
+            .and_then(|rest| rest.strip_prefix('/'));
+        for place in lock(&self.entries).iter_mut() {
+            if place
+                .as_ref()
+                .is_some_and(|entry| Some(&*entry.name) == name)
+            {
+                *place = None;
+            }
+        }
     }
 }
 
@@ -116,6 +132,10 @@ fn open(path: &Path, access: Access) -> Result<File> {
         .truncate(access == Access::Create)
         .open(path)
         .map_err(|error| anyhow!("cannot open {}: {error}", path.display()))?;
+    let what = match access {
+        Access::Create => "file",
+        Access::Read | Access::Write => "disk",
+    };
     let locked = match access {
         Access::Read => file.try_lock_shared(),
         Access::Write | Access::Create => file.try_lock(),
@@ -123,7 +143,7 @@ fn open(path: &Path, access: Access) -> Result<File> {
     match locked {
         Ok(()) => Ok(file),
         Err(std::fs::TryLockError::WouldBlock) => Err(anyhow!(
-            "disk {} is in use by another process",
+            "{what} {} is in use by another process",
             path.display()
         )),
         Err(std::fs::TryLockError::Error(error)) => {
@@ -168,7 +188,7 @@ impl Directory {
             .checked_sub(2)
             .and_then(|index| {
                 let entries = lock(&self.0);
-                entries.get(usize::try_from(index).ok()?).cloned()
+                entries.get(usize::try_from(index).ok()?)?.clone()
             })
             .ok_or(Errno::ENOENT)
     }
@@ -223,7 +243,12 @@ impl Filesystem for Directory {
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let index = (parent == INodeNo::ROOT)
-            .then(|| lock(&self.0).iter().position(|entry| *name == *entry.name))
+            .then(|| {
+                let is_it = |place: &Option<Arc<Entry>>| {
+                    place.as_ref().is_some_and(|entry| *name == *entry.name)
+                };
+                lock(&self.0).iter().position(is_it)
+            })
             .flatten();
         let found = index.ok_or(Errno::ENOENT);
         match found.and_then(|index| self.attributes(INodeNo(index as u64 + 2))) {

@@ -37,12 +37,13 @@ use vmm::config::Config;
 pub use self::elsewhere::process;
 #[cfg(not(target_os = "linux"))]
 use self::elsewhere::{files, local, nested, reach};
-use self::{config::Accelerator, link::Link, reach::Reach, vm::Start};
+use self::{config::Accelerator, link::Link, vm::Start};
 pub use self::{
     config::{Boot, VmConfig, debug_exit_word},
     cpio::Archive,
     files::Access,
     linux::Linux,
+    reach::Reach,
     vm::{Control, Ending, Vm},
 };
 use crate::{
@@ -235,6 +236,11 @@ impl Machine {
     /// guest at `path`: they connect to `path`, and listen at `path_PORT`.
     pub fn guest_sockets(&self, path: &Path) -> Result<String> {
         self.reach.guest_sockets(path)
+    }
+
+    /// All these ways, for other threads.
+    pub fn ways(&self) -> Reach {
+        self.reach.clone()
     }
 
     /// Connects to a Unix socket of the system that runs the VMs, relative to where

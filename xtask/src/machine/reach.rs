@@ -22,10 +22,12 @@ use super::{
     sockets::Sockets,
 };
 
-/// Ways between the user's computer and the machine that runs the VMs.
+/// Ways between the user's computer and the machine that runs the VMs. Cheap to clone; all
+/// clones are the same.
+#[derive(Clone)]
 pub struct Reach {
     /// `None` when that is the same computer.
-    nested: Option<Nested>,
+    nested: Option<Arc<Nested>>,
 }
 
 struct Nested {
@@ -52,12 +54,12 @@ impl Reach {
     /// The VMs run behind this link.
     pub fn nested(link: Link) -> Self {
         Self {
-            nested: Some(Nested {
+            nested: Some(Arc::new(Nested {
                 link,
                 files: Mutex::default(),
                 next: AtomicU32::new(0),
                 doors: Mutex::default(),
-            }),
+            })),
         }
     }
 
@@ -82,6 +84,15 @@ impl Reach {
             }
         };
         files.share(file, access)
+    }
+
+    /// Lets go of a file by its path inside: nothing uses it any more.
+    pub fn forget_file(&self, inside: &str) {
+        if let Some(nested) = &self.nested
+            && let Some(files) = &*lock(&nested.files)
+        {
+            files.forget(inside);
+        }
     }
 
     /// The path at which a VM's monitor can connect to arrive at this socket of the user's.

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use super::link::{Exited, Link, Record};
 
 /// Longest wait for the answer to a command.
-const MONITOR: Duration = Duration::from_secs(60);
+const MONITOR: Duration = Duration::from_secs(120);
 
 /// A VM that was started. Dropping it ends it.
 pub struct Vm {
@@ -405,7 +405,10 @@ fn last_words(record: &Record) -> String {
 
 /// What a program said, without the word that it begins its failures with.
 fn own_words(said: &str) -> &str {
-    let said = said.strip_prefix("error: ").unwrap_or(said);
+    let said = ["error: ", "enlit-vmm: "]
+        .iter()
+        .find_map(|word| said.strip_prefix(word))
+        .unwrap_or(said);
     if said.is_empty() {
         "it gives no reason"
     } else {

@@ -247,9 +247,15 @@ fn finish(command: &mut Command, name: &str, directory: &Path) -> Result<Output,
 
 /// Whether a program is on the search path.
 pub fn exists(program: &str) -> bool {
-    std::env::var_os("PATH").is_some_and(|path| {
-        std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
-    })
+    find(program).is_some()
+}
+
+/// Where the system has a program.
+pub fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|directory| directory.join(program))
+        .find(|file| file.is_file())
 }
 
 fn system_sources() -> Vec<Source> {

@@ -95,6 +95,25 @@ impl Packages {
         })
     }
 
+    /// passt: a user's network for a guest, without privileges.
+    pub fn passt(&mut self) -> Result<PathBuf, Problem> {
+        if let Some(program) = apt::find("passt") {
+            return Ok(program);
+        }
+        let tree = self.set("passt", |apt, into| {
+            apt.download(&["passt".to_owned()], None, into)
+        })?;
+        let program = tree.join("usr/bin/passt");
+        if program.is_file() {
+            return Ok(program);
+        }
+        Err(Problem::Incomplete {
+            package: "passt",
+            file: "usr/bin/passt".into(),
+            store: self.directory.clone(),
+        })
+    }
+
     /// A tree with a Linux kernel in `boot` and its modules in `lib/modules` or
     /// `usr/lib/modules`.
     pub fn linux(&mut self) -> Result<PathBuf, Problem> {
