@@ -54,6 +54,16 @@ pub enum Error {
         /// What was asked for.
         mib: u64,
     },
+    /// Memory was to be added where no memory can be.
+    #[error(
+        "{count} pages of memory cannot be added at page {first}: the VM has no place for them there"
+    )]
+    NotForMemory {
+        /// The first page.
+        first: vmbus::ids::PageNumber,
+        /// How many.
+        count: usize,
+    },
     /// The host has no memory for the guest.
     #[error("there is no room for {mib} MiB of guest memory: {error}")]
     NoMemory {

@@ -119,7 +119,7 @@ struct Shared {
     board: Board,
     crash: Mutex<crash::Registers>,
     owner: Arc<dyn Owner>,
-    /// KVM's clock in nanoseconds when the processors were stopped, if they have run before.
+    /// KVM's clock in nanoseconds while the processors stand still: it begins when they first run.
     stopped_at: Mutex<Option<u64>>,
 }
 
@@ -224,9 +224,8 @@ impl Partition {
         let range = self.hot_add_range();
         let end = first.0.checked_add(count as u64);
         let fits = first >= range.start && end.is_some_and(|end| end <= range.end.0);
-        let mib = (count * PAGE_SIZE) as u64 >> 20;
         if !fits {
-            return Err(Error::Memory { mib });
+            return Err(Error::NotForMemory { first, count });
         }
         self.shared.add_memory(first, count)
     }

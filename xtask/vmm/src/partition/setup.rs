@@ -71,7 +71,7 @@ pub fn create(
         board,
         crash: Mutex::new(crash::Registers::default()),
         owner,
-        stopped_at: Mutex::new(None),
+        stopped_at: Mutex::new(Some(0)),
     });
     for range in shared.layout.ram() {
         let first = PageNumber(range.start / PAGE_SIZE as u64);
