@@ -281,7 +281,7 @@ impl Thread<'_> {
             VcpuExit::Intr | VcpuExit::IrqWindowOpen => count(ExitKind::Interrupted),
             VcpuExit::InternalError => {
                 let (kind, data) = kvm::internal_error(&mut self.fd);
-                return Err(format!("KVM cannot emulate (error {kind}, {data:#x?})"));
+                return Err(format!("KVM cannot emulate (error {kind}, {data:x?})"));
             }
             other => {
                 count(ExitKind::Other);
