@@ -52,13 +52,14 @@ pub struct Options {
 }
 
 /// Packages whose unit tests run on this computer.
-const UNIT_TESTED: [&str; 9] = [
+const UNIT_TESTED: [&str; 10] = [
     "boot",
     "handover",
     "vhdx",
     "vmbus",
     "vmbus-host",
     "vmbus-c",
+    "vmm",
     "enlit",
     "agent",
     "xtask",
