@@ -54,7 +54,7 @@ impl Machine {
         &self.runner
     }
 
-    /// Runs it from `cont` to its end, on this thread. `make` makes the VM, stopped, with everything in its memory; it is
+    /// Runs it from `cont`, or at once if nobody can control it, to its end, on this thread. `make` makes the VM, stopped, with everything in its memory; it is
     /// called again each time that the guest starts anew. Returns the exit status of the program.
     ///
     /// # Errors
@@ -66,6 +66,9 @@ impl Machine {
     ) -> Result<u8, MachineError> {
         let mut make = make;
         self.runner.begin(make()?)?;
+        if control.stream.is_none() && control.path.is_none() {
+            self.runner.resume();
+        }
         // The greeting says that the VM is there.
         let server = Server::start(control, Arc::clone(&self.runner))?;
         let end = self.live(&mut make);
