@@ -33,7 +33,7 @@ pub enum Error {
     NoKvm(std::io::Error),
     /// KVM lacks something that the test machine cannot do without.
     #[error(
-        "this computer's KVM lacks {0}, which the test machine needs (Linux 5.18 or newer with CONFIG_KVM_HYPERV has it)"
+        "this computer's KVM lacks {0}, which the test machine needs (Linux 5.10 or newer with CONFIG_KVM_HYPERV has it)"
     )]
     Lacks(&'static str),
     /// A call of KVM failed.
