@@ -5,6 +5,7 @@
 //! target, those that touch a disk on an [`Executor`](crate::work::Executor).
 
 mod activity;
+mod answer;
 mod controller;
 mod counters;
 mod provider;

@@ -10,13 +10,12 @@ use core::num::NonZeroU16;
 use vmbus::protocol::{Guid, Status, interface};
 use vmbus::ring::{Kind, Outgoing, PacketBuffer, PushError, RingError};
 
-use super::activity::{Activity, Running};
+use super::activity::Activity;
+use super::answer::{Answer, Results, Ticket, ended, malformed, report};
 use super::controller::Controller;
 use super::scsi::{self, Command, LogicalUnit, Outcome, Refusal, Sense, Step, Stop, Transfer};
 use super::session::{Session, Verdict};
-use super::vstor::{
-    self, Malformed, NtStatus, Operation, ProtocolVersion, Reply, Srb, SrbEnd, SrbStatus,
-};
+use super::vstor::{self, ProtocolVersion, Reply, Srb};
 use crate::bus::Device;
 use crate::channel::HostChannel;
 use crate::memory::GuestBuffer;
@@ -30,9 +29,6 @@ const BUDGET: usize = 512;
 /// How long to wait for room in the ring before looking again, should the guest not say that there is some: 10 ms in units
 /// of 100 ns.
 const RETRY: u64 = 100_000;
-
-/// The SCSI status of a command that was refused or failed (SAM-3 5.3).
-const CHECK_CONDITION: u8 = 2;
 
 /// Serves one channel of a controller. Sub-channels are made when the guest asks for them.
 pub struct Storvsp {
@@ -62,18 +58,6 @@ struct Open {
     retry_at: Option<u64>,
     /// The ring is broken: the guest gets nothing more.
     broken: bool,
-}
-
-/// Where answers come from other threads.
-struct Results {
-    answers: Mutex<Vec<Answer>>,
-    link: Link,
-}
-
-/// An answer and the packet that it is for.
-struct Answer {
-    transaction: u64,
-    reply: Reply,
 }
 
 /// A reset that waits until what it stopped has ended.
@@ -473,134 +457,5 @@ fn push(channel: &mut HostChannel, packet: &Outgoing<'_>) -> Result<bool, RingEr
             Err(PushError::TooLarge { .. }) => return Err(RingError::Memory),
             Err(PushError::Ring(error)) => return Err(error),
         }
-    }
-}
-
-/// The answer to a packet that is wrong in itself.
-fn malformed(
-    ready: Option<ProtocolVersion>,
-    size: usize,
-    operation: Option<Operation>,
-    error: Malformed,
-) -> Reply {
-    match ready.filter(|_| operation == Some(Operation::EXECUTE_SRB)) {
-        Some(version) => {
-            let end = refused(error.srb_status());
-            Reply::srb(version, None, &end)
-        }
-        None => Reply::status(size, NtStatus::INVALID_PARAMETER),
-    }
-}
-
-/// REPORT LUNS (SPC-3 6.21).
-fn report(luns: &[u8], select: u8, allocation: u32, transfer: &Transfer) -> Outcome {
-    if allocation < 16 {
-        return Sense::invalid_cdb(6).into();
-    }
-    let luns = match select {
-        0 | 2 => luns,
-        // Well-known units, of which there are none.
-        1 => &[],
-        _ => return Sense::invalid_cdb(2).into(),
-    };
-    transfer.deliver(&scsi::report(luns.iter().copied()), allocation)
-}
-
-/// The end of a command that nothing came of, with sense data for guests that look at nothing else.
-fn refused(srb_status: SrbStatus) -> SrbEnd {
-    let sense = Sense::illegal(scsi::Additional::INVALID_FIELD_IN_CDB);
-    SrbEnd {
-        srb_status: srb_status.with_sense(),
-        scsi_status: CHECK_CONDITION,
-        transferred: 0,
-        sense: Some((sense.to_bytes(), scsi::SENSE_LENGTH as u8)),
-    }
-}
-
-/// The answer to a command that has ended.
-fn ended(
-    version: ProtocolVersion,
-    srb: &Srb,
-    unit: Option<&LogicalUnit>,
-    outcome: &Outcome,
-) -> Reply {
-    let done = |srb_status, transferred| SrbEnd {
-        srb_status,
-        scsi_status: 0,
-        transferred,
-        sense: None,
-    };
-    let failed = |srb_status| SrbEnd {
-        scsi_status: CHECK_CONDITION,
-        ..done(srb_status, 0)
-    };
-    let (mut end, sense) = match outcome {
-        Outcome::Good(transferred) => (done(SrbStatus::SUCCESS, *transferred), None),
-        Outcome::Overrun(transferred) => (done(SrbStatus::DATA_OVERRUN, *transferred), None),
-        Outcome::Check(sense) => (failed(SrbStatus::ERROR), Some(*sense)),
-        Outcome::Invalid => {
-            let sense = Sense::illegal(scsi::Additional::INVALID_FIELD_IN_CDB);
-            (failed(SrbStatus::INVALID_REQUEST), Some(sense))
-        }
-        Outcome::Stopped(Stop::Reset) => {
-            let sense = Sense::new(scsi::SenseKey::ABORTED_COMMAND, scsi::Additional::NONE);
-            (failed(SrbStatus::BUS_RESET), Some(sense))
-        }
-        // Guests look at the status alone: no sense data.
-        Outcome::Stopped(Stop::Removed) => (failed(SrbStatus::INVALID_LUN), None),
-    };
-    match (sense, unit) {
-        (Some(sense), Some(unit)) if srb.sense_room == 0 => unit.keep_sense(sense),
-        (Some(sense), _) if srb.sense_room != 0 => {
-            end.srb_status = end.srb_status.with_sense();
-            let length = srb.sense_room.min(scsi::SENSE_LENGTH as u8);
-            end.sense = Some((sense.to_bytes(), length));
-        }
-        _ => {}
-    }
-    Reply::srb(version, Some(srb), &end)
-}
-
-/// A command that is being worked on. Whatever becomes of it, the guest gets an answer.
-struct Ticket {
-    results: Option<Arc<Results>>,
-    transaction: u64,
-    srb: Srb,
-    version: ProtocolVersion,
-    unit: Option<Arc<LogicalUnit>>,
-    running: Option<Running>,
-}
-
-impl Ticket {
-    fn finish(mut self, outcome: &Outcome) {
-        let reply = ended(self.version, &self.srb, self.unit.as_deref(), outcome);
-        self.send(reply);
-    }
-
-    fn send(&mut self, reply: Reply) {
-        // Whoever has the answer sees the command no longer among those under way.
-        drop(self.running.take());
-        if let Some(results) = self.results.take() {
-            let answer = Answer {
-                transaction: self.transaction,
-                reply,
-            };
-            results.answers.lock().push(answer);
-            results.link.wake();
-        }
-    }
-}
-
-impl Drop for Ticket {
-    /// The work was given up without an end.
-    fn drop(&mut self) {
-        let end = SrbEnd {
-            srb_status: SrbStatus::INTERNAL_ERROR,
-            scsi_status: CHECK_CONDITION,
-            transferred: 0,
-            sense: None,
-        };
-        let reply = Reply::srb(self.version, Some(&self.srb), &end);
-        self.send(reply);
     }
 }

@@ -6,6 +6,7 @@ use vmbus_host::disk::Disk;
 use vmbus_host::storage::{Controller, Limits, Lun};
 use vmbus_host::work::{Inline, Threads};
 
+use crate::disk::{Held, TestDisk};
 use crate::guest::*;
 use crate::support::{SECOND, is_active};
 

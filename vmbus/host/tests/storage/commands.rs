@@ -6,19 +6,21 @@ use vmbus_host::disk::{Disk, DiskError, Geometry};
 use vmbus_host::storage::{Limits, Lun};
 use vmbus_host::work::Inline;
 
+use crate::disk::TestDisk;
 use crate::guest::*;
+use crate::unmap::{unmap, unmap_list};
 
-fn guest() -> (Guest, Arc<TestDisk>) {
+pub fn guest() -> (Guest, Arc<TestDisk>) {
     let disk = TestDisk::small();
     (Guest::with_disk(disk.clone()), disk)
 }
 
 /// INQUIRY for a page of vital product data.
-fn vital(guest: &Guest, page: u8) -> End {
+pub fn vital(guest: &Guest, page: u8) -> End {
     guest.command(&[0x12, 1, page, 0, 252, 0], Data::In(252))
 }
 
-fn be32(bytes: &[u8]) -> u32 {
+pub fn be32(bytes: &[u8]) -> u32 {
     u32::from_be_bytes(*bytes.first_chunk().unwrap())
 }
 
@@ -81,25 +83,6 @@ fn serial_number_and_designators_name_the_disk() {
     assert_eq!(data[24..28], [1, 1, 0, 24]);
     assert_eq!(&data[28..36], b"Msft    ");
     assert_eq!(data[36..], *identity);
-}
-
-#[test]
-fn block_limits_and_provisioning_say_what_unmap_can_do() {
-    let (guest, _) = guest();
-    let limits = vital(&guest, 0xB0).good();
-    assert_eq!(limits.len(), 0x40);
-    assert_eq!(be32(&limits[8..]), (256 << 10) / 512, "maximum transfer");
-    assert_eq!(be32(&limits[20..]), u32::MAX, "blocks");
-    assert_eq!(be32(&limits[24..]), 256, "descriptors");
-    assert_eq!(be32(&limits[28..]), 8, "granularity");
-    assert_eq!(be32(&limits[32..]), 0x8000_0000, "aligned to 0");
-    assert_eq!(vital(&guest, 0xB1).good()[4..6], [0, 1], "nothing rotates");
-    assert_eq!(vital(&guest, 0xB2).good()[4..], [0, 0x80, 2, 0], "thin");
-    let disk = TestDisk::small().with(|state| state.can_not_unmap = true);
-    let guest = Guest::with_disk(disk);
-    let limits = vital(&guest, 0xB0).good();
-    assert!(limits[20..36].iter().all(|byte| *byte == 0));
-    assert_eq!(vital(&guest, 0xB2).good()[4..], [0; 4]);
 }
 
 #[test]
@@ -336,85 +319,6 @@ fn synchronize_cache_flushes_in_both_forms() {
     assert_eq!(end.check(), OUT_OF_RANGE);
 }
 
-/// UNMAP with these blocks.
-fn unmap_list(blocks: &[(u64, u32)]) -> Vec<u8> {
-    let mut list = Vec::new();
-    list.extend_from_slice(&(blocks.len() as u16 * 16 + 6).to_be_bytes());
-    list.extend_from_slice(&(blocks.len() as u16 * 16).to_be_bytes());
-    list.extend_from_slice(&[0; 4]);
-    for (first, count) in blocks {
-        list.extend_from_slice(&first.to_be_bytes());
-        list.extend_from_slice(&count.to_be_bytes());
-        list.extend_from_slice(&[0; 4]);
-    }
-    list
-}
-
-fn unmap(guest: &Guest, list: &[u8]) -> End {
-    guest.command(&ten(0x42, 0, list.len() as u16), Data::Out(list))
-}
-
-#[test]
-fn unmap_gives_back_the_blocks_that_it_lists_and_no_others() {
-    let (guest, disk) = guest();
-    disk.inner.write(0, &[7; 64 * 512]).unwrap();
-    unmap(&guest, &unmap_list(&[(8, 8), (0, 0), (32, 16)])).good();
-    let mut content = vec![0; 64 * 512];
-    disk.inner.read(0, &mut content).unwrap();
-    for (block, sector) in content.chunks(512).enumerate() {
-        let gone = (8..16).contains(&block) || (32..48).contains(&block);
-        let expected = if gone { 0 } else { 7 };
-        assert!(sector.iter().all(|byte| *byte == expected), "{block}");
-    }
-    let counts = guest.controller.counts().units[0].1;
-    assert_eq!((counts.unmaps, counts.unmapped_bytes), (1, 24 * 512));
-    guest.command(&ten(0x42, 0, 0), Data::None).good();
-    unmap(&guest, &unmap_list(&[])).good();
-}
-
-#[test]
-fn a_broken_unmap_list_changes_nothing() {
-    let (guest, disk) = guest();
-    disk.inner.write(0, &[7; 64 * 512]).unwrap();
-    let good = unmap_list(&[(8, 8)]);
-    const LENGTH: (u8, u8, u8) = (5, 0x1A, 0);
-    assert_eq!(unmap(&guest, &good[..7]).check(), LENGTH);
-    assert_eq!(unmap(&guest, &good[..23]).check(), LENGTH);
-    let out = unmap_list(&[(8, 8), (8191, 2)]);
-    assert_eq!(unmap(&guest, &out).check(), OUT_OF_RANGE);
-    let out = unmap_list(&[(8, 8), (u64::MAX, u32::MAX)]);
-    assert_eq!(unmap(&guest, &out).check(), OUT_OF_RANGE);
-    let many = unmap_list(&vec![(8, 8); 257]);
-    assert_eq!(unmap(&guest, &many).check(), (5, 0x26, 0));
-    let mut anchor = ten(0x42, 0, 24);
-    anchor[1] = 1;
-    let end = guest.command(&anchor, Data::Out(&good));
-    assert_eq!(end.check(), INVALID_FIELD);
-    // The list is longer than the buffer.
-    let end = guest.command(&ten(0x42, 0, 24), Data::Out(&good[..8]));
-    assert_eq!(end.srb_status, 0x86);
-    let mut content = vec![0; 64 * 512];
-    disk.inner.read(0, &mut content).unwrap();
-    assert!(content.iter().all(|byte| *byte == 7));
-    // A descriptor that is cut off is ignored.
-    let mut cut = good.clone();
-    cut[3] = 15;
-    unmap(&guest, &cut).good();
-    disk.inner.read(0, &mut content).unwrap();
-    assert!(content.iter().all(|byte| *byte == 7));
-    unmap(&guest, &unmap_list(&[(8, 8); 256])).good();
-}
-
-#[test]
-fn a_disk_that_cannot_unmap_knows_no_such_command() {
-    let disk = TestDisk::small().with(|state| state.can_not_unmap = true);
-    let guest = Guest::with_disk(disk);
-    let end = unmap(&guest, &unmap_list(&[(8, 8)]));
-    assert_eq!(end.check(), ILLEGAL_OPCODE);
-    let long = guest.command(&sixteen(0x9E, 0x10, 0, 32), Data::In(32));
-    assert_eq!(long.good()[14], 0);
-}
-
 #[test]
 fn a_read_only_disk_says_so_and_refuses_every_change() {
     let disk = TestDisk::small().with(|state| state.read_only = true);
@@ -430,72 +334,6 @@ fn a_read_only_disk_says_so_and_refuses_every_change() {
     guest.command(&ten(0x35, 0, 0), Data::None).good();
     assert_eq!(disk.flushes(), 0);
     assert_eq!(guest.controller.counts().units[0].1.data_protect, 2);
-}
-
-#[test]
-fn mode_sense_has_the_cache_and_control_pages_in_both_forms() {
-    let (guest, _) = guest();
-    let short = |page, allocation: u8| {
-        guest.command(
-            &[0x1A, 0, page, 0, allocation, 0],
-            Data::In(allocation.into()),
-        )
-    };
-    let all = short(0x3F, 255).good();
-    assert_eq!(all.len(), 4 + 8 + 20 + 12);
-    assert_eq!(all[..4], [43, 0, 0x10, 8]);
-    assert_eq!(all[12..15], [8, 18, 4], "write cache enabled");
-    assert_eq!(all[32..34], [0x0A, 10]);
-    assert_eq!(short(0x3F, 4).good(), all[..4]);
-    let long = guest.command(&[0x5A, 8, 8, 0, 0, 0, 0, 0, 255, 0], Data::In(255));
-    let long = long.good();
-    assert_eq!(long[..8], [0, 26, 0, 0x10, 0, 0, 0, 0]);
-    assert_eq!(long[8..], all[12..32]);
-    assert_eq!(short(0x1C, 255).check(), INVALID_FIELD);
-    let saved = guest.command(&[0x1A, 0, 0xC8, 0, 255, 0], Data::In(255));
-    assert_eq!(saved.check(), (5, 0x39, 0));
-}
-
-#[test]
-fn mode_select_turns_the_write_cache_off_and_every_write_is_durable_then() {
-    let (guest, disk) = guest();
-    let mut list = vec![0; 4 + 20];
-    list[4..6].copy_from_slice(&[8, 18]);
-    let select = |list: &[u8], flags| {
-        let cdb = [0x15, flags, 0, 0, list.len() as u8, 0];
-        guest.command(&cdb, Data::Out(list))
-    };
-    select(&list, 0x10).good();
-    assert_eq!(disk.flushes(), 1, "what waited in the cache");
-    let cache = || {
-        let cdb = [0x1A, 8, 8, 0, 24, 0];
-        guest.command(&cdb, Data::In(24)).good()[6]
-    };
-    assert_eq!(cache(), 0);
-    let data = pattern(512, 1);
-    guest.command(&ten(0x2A, 0, 1), Data::Out(&data)).good();
-    unmap(&guest, &unmap_list(&[(8, 8)])).good();
-    assert_eq!(disk.flushes(), 3);
-    list[6] = 4;
-    select(&list, 0x10).good();
-    assert_eq!(cache(), 4);
-    guest.command(&ten(0x2A, 0, 1), Data::Out(&data)).good();
-    assert_eq!(disk.flushes(), 3);
-    // The long form.
-    let mut long = vec![0; 8 + 20];
-    long[8..10].copy_from_slice(&[8, 18]);
-    let cdb = [0x55, 0x10, 0, 0, 0, 0, 0, 0, 28, 0];
-    guest.command(&cdb, Data::Out(&long)).good();
-    assert_eq!(cache(), 0);
-    // Saving, the vendor's own format, and what cannot be changed.
-    assert_eq!(select(&list, 0x11).check(), INVALID_FIELD);
-    assert_eq!(select(&list, 0x00).check(), INVALID_FIELD);
-    list[7] = 1;
-    let end = select(&list, 0x10);
-    assert_eq!(end.check(), (5, 0x26, 0));
-    assert_eq!(end.sense[15..18], [0x80, 0, 7], "the field");
-    assert_eq!(select(&list[..23], 0x10).check(), (5, 0x1A, 0));
-    guest.command(&[0x15, 0x10, 0, 0, 0, 0], Data::None).good();
 }
 
 #[test]

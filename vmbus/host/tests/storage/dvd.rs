@@ -7,6 +7,7 @@ use vmbus_host::storage::scsi::Medium;
 use vmbus_host::storage::{Limits, Lun, LunError};
 use vmbus_host::work::Inline;
 
+use crate::disk::TestDisk;
 use crate::guest::*;
 
 const SECTORS: u64 = 400_000;

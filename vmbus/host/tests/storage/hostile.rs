@@ -9,6 +9,7 @@ use vmbus_host::disk::Disk;
 use vmbus_host::storage::{Limits, Lun, scsi, vstor};
 use vmbus_host::work::Inline;
 
+use crate::disk::TestDisk;
 use crate::guest::*;
 
 /// A packet that is nearly right, or anything.

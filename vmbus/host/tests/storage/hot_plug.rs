@@ -5,6 +5,7 @@ use std::sync::Arc;
 use vmbus_host::storage::{Limits, Lun, LunError, MAX_LUN};
 use vmbus_host::work::Inline;
 
+use crate::disk::{Held, TestDisk};
 use crate::guest::*;
 
 fn disk() -> Lun {

@@ -4,13 +4,16 @@
 
 mod channels;
 mod commands;
+mod disk;
 mod dvd;
 mod guest;
 mod hostile;
 mod hot_plug;
+mod mode;
 mod model;
 mod protocol;
 mod resets;
 #[path = "../machine/support.rs"]
 #[allow(dead_code)]
 mod support;
+mod unmap;

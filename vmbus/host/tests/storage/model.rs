@@ -7,6 +7,7 @@ use vmbus_host::disk::Geometry;
 use vmbus_host::storage::{Limits, Lun};
 use vmbus_host::work::{Inline, Threads};
 
+use crate::disk::TestDisk;
 use crate::guest::*;
 
 /// Sectors of the disk.

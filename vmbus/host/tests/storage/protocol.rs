@@ -6,6 +6,7 @@ use vmbus::kmcl::Timeout;
 use vmbus_host::storage::{Limits, Lun};
 use vmbus_host::work::Inline;
 
+use crate::disk::TestDisk;
 use crate::guest::*;
 
 fn silent() -> Guest {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use vmbus_host::storage::{Limits, Lun};
 
+use crate::disk::{Held, TestDisk};
 use crate::guest::*;
 
 /// A guest with two disks whose work the test does.

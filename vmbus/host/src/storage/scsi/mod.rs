@@ -5,6 +5,7 @@
 
 mod cdb;
 mod disc;
+mod execute;
 mod inquiry;
 mod mode;
 mod sense;
