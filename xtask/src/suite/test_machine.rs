@@ -160,7 +160,7 @@ fn offers(stand: &mut Stand) -> Result<String> {
         "dynamic memory: balloon",
         "shutdown: shutdown",
         "time synchronization: time sync",
-        "heartbeat: heartbeat in C",
+        "heartbeat: heartbeat",
         "SCSI controller: no driver",
         "network adapter: no driver",
         "key-value pairs: no driver",
