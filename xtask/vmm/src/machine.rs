@@ -54,8 +54,9 @@ impl Machine {
         &self.runner
     }
 
-    /// Runs it from `cont`, or at once if nobody can control it, to its end, on this thread. `make` makes the VM, stopped, with everything in its memory; it is
-    /// called again each time that the guest starts anew. Returns the exit status of the program.
+    /// Runs it to its end, on this thread: from `cont`, or at once if nobody can control it. `make` makes the VM,
+    /// stopped, with everything in its memory; it is called again each time that the guest starts anew. Returns
+    /// the exit status of the program.
     ///
     /// # Errors
     /// When there is no VM, or nobody can control it.
