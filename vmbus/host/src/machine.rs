@@ -21,7 +21,6 @@ use vmbus::Vmbus;
 use vmbus::hypervisor::{Hypervisor, Level, OutOfMemory, PostError};
 use vmbus::ids::{ChannelId, ConnectionId, PageNumber, VpIndex};
 use vmbus::protocol::{Guid, Status};
-use vmbus::ring::{Outgoing, PacketBuffer};
 use vmbus::shared::SharedPages;
 
 use crate::bus::{Device, HvStatus, Message, NO_INTERRUPTS, Profile, Server};
@@ -30,7 +29,7 @@ use crate::dynamic_memory::DynamicMemory;
 use crate::host::Host;
 use crate::memory::GuestMemory;
 use crate::monitor::Watch;
-use crate::provider::Provider;
+use crate::provider::{Link, Provider};
 use crate::sync::Mutex;
 
 /// The guest's end: what the hypervisor interrupts.
@@ -78,6 +77,10 @@ pub trait Interleave: Send + Sync {
 pub struct SharedDynamicMemory(pub Arc<Mutex<DynamicMemory>>);
 
 impl Provider for SharedDynamicMemory {
+    fn attached(&mut self, link: Link) {
+        self.0.lock().set_link(link);
+    }
+
     fn opened(&mut self, _channel: &mut HostChannel) -> Status {
         self.0.lock().opened();
         Status::SUCCESS
@@ -85,21 +88,18 @@ impl Provider for SharedDynamicMemory {
 
     fn serve(&mut self, now: u64, channel: &mut HostChannel) {
         let mut provider = self.0.lock();
-        provider.tick(now);
-        let mut packet = PacketBuffer::default();
-        while let Ok(true) = channel.receive(&mut packet) {
-            provider.receive(now, packet.payload());
-            let _ = channel.release();
-        }
-        while let Some(message) = provider.poll_message() {
-            if channel.send(&Outgoing::in_band([&message, &[]])).is_err() {
-                return;
-            }
-        }
+        provider.serve(now, channel);
+        let outcomes = provider.outcomes();
+        drop(provider);
+        outcomes.deliver();
     }
 
     fn closed(&mut self) {
-        self.0.lock().closed();
+        let mut provider = self.0.lock();
+        provider.closed();
+        let outcomes = provider.outcomes();
+        drop(provider);
+        outcomes.deliver();
     }
 
     fn deadline(&self) -> Option<u64> {

@@ -10,7 +10,7 @@ mod handle;
 mod heartbeat;
 pub mod kvp;
 mod message;
-mod reply;
+pub(crate) mod reply;
 mod requests;
 mod service;
 mod shutdown;

@@ -115,7 +115,7 @@ impl Outcomes {
     }
 
     /// Gives all of them.
-    pub(crate) fn deliver(self) {
+    pub fn deliver(self) {
         self.0.into_iter().for_each(|give| give());
     }
 }

@@ -10,6 +10,7 @@ mod faults;
 mod gpadls;
 mod hostile;
 mod hosts;
+mod hot_add;
 mod hvsocket;
 mod integration;
 mod kvp;
