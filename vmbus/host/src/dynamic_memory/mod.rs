@@ -479,7 +479,7 @@ impl DynamicMemory {
     /// Adds memory: these pages are there, and the guest is to use them. The reply comes when it has answered, and says how many
     /// pages it took.
     pub fn hot_add(&mut self, run: Run) -> Reply<Result<u64, HotAddError>> {
-        if let Err(error) = self.can_add(run) {
+        if let Err(error) = self.check_hot_add(run) {
             return Reply::ready(Err(error));
         }
         let (promise, reply) = promise();
@@ -494,7 +494,8 @@ impl DynamicMemory {
         reply
     }
 
-    fn can_add(&self, (first, count): Run) -> Result<(), HotAddError> {
+    /// Whether this memory can be added now, as far as the host can tell.
+    pub fn check_hot_add(&self, (first, count): Run) -> Result<(), HotAddError> {
         let capabilities = self.capabilities.ok_or(HotAddError::NotReady)?;
         if capabilities & HOT_ADD == 0 {
             return Err(HotAddError::NotSupported);

@@ -10,7 +10,6 @@ mod faults;
 mod gpadls;
 mod hostile;
 mod hosts;
-mod hot_add;
 mod hvsocket;
 mod integration;
 mod kvp;

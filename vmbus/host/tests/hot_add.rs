@@ -1,5 +1,7 @@
 //! Hot add and the owner's view of pages (spec balloon.md 6 to 8): the provider against messages of a guest that takes memory.
 
+#![allow(clippy::unwrap_used)]
+
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
