@@ -167,6 +167,10 @@ impl Machine {
         clock: Clock,
     ) -> Result<Self> {
         let any = purpose == Purpose::Any;
+        if !any {
+            // While nothing else wants the processor; it will be at hand when a VM starts.
+            guest::build_vmm(workspace)?;
+        }
         let (link, qemu, ovmf, end) = match kind {
             Kind::Kvm | Kind::Emulated => {
                 let qemu = any.then(|| packages.qemu()).transpose()?;
