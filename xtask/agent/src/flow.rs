@@ -133,7 +133,7 @@ impl Flow {
     }
 
     /// What came next.
-    pub fn next(&mut self) -> Next {
+    pub fn take(&mut self) -> Next {
         if self.reset {
             return Next::Reset;
         }
@@ -144,7 +144,7 @@ impl Flow {
         }
     }
 
-    /// So many bytes from [`Self::next`] are out of the way. Gives the credit to send
+    /// So many bytes from [`Self::take`] are out of the way. Gives the credit to send
     /// back, if it is time to.
     pub fn done(&mut self, bytes: usize) -> Option<u32> {
         self.taken = self.taken.saturating_add(bytes).min(self.held);
@@ -186,7 +186,7 @@ mod tests {
         near.sent(WINDOW);
         far.receive(data(WINDOW)).unwrap();
         assert_eq!(near.room(), 0);
-        let Next::Data(bytes) = far.next() else {
+        let Next::Data(bytes) = far.take() else {
             panic!("nothing came");
         };
         let credit = far.done(bytes.len()).unwrap();
@@ -220,9 +220,9 @@ mod tests {
         flow.receive(data(3)).unwrap();
         flow.receive(Piece::End).unwrap();
         assert_eq!(flow.receive(data(1)), Err(Violation::AfterEnd));
-        assert_eq!(flow.next(), Next::Data(vec![7; 3]));
+        assert_eq!(flow.take(), Next::Data(vec![7; 3]));
         assert_eq!(flow.done(3), None, "nobody wants credit any more");
-        assert_eq!(flow.next(), Next::End);
+        assert_eq!(flow.take(), Next::End);
         assert!(!flow.is_over(), "our half is open");
         assert_eq!(flow.room(), WINDOW);
         flow.end();
@@ -234,7 +234,7 @@ mod tests {
         let mut flow = Flow::default();
         flow.receive(data(3)).unwrap();
         flow.receive(Piece::Reset).unwrap();
-        assert_eq!(flow.next(), Next::Reset);
+        assert_eq!(flow.take(), Next::Reset);
         assert_eq!(flow.receive(data(WINDOW)), Ok(()));
         assert!(flow.waiting.is_empty());
         assert_eq!(flow.room(), 0);
@@ -258,7 +258,7 @@ mod tests {
             let mut flow = Flow::default();
             for (piece, take) in steps {
                 let _ = flow.receive(piece);
-                if take && let Next::Data(bytes) = flow.next() {
+                if take && let Next::Data(bytes) = flow.take() {
                     flow.done(bytes.len());
                 }
                 let waiting: usize = flow.waiting.iter().map(Vec::len).sum();
@@ -284,7 +284,7 @@ mod tests {
                     left -= bytes;
                     far.receive(data(bytes)).unwrap();
                 }
-                if take && let Next::Data(bytes) = far.next() {
+                if take && let Next::Data(bytes) = far.take() {
                     got += bytes.len();
                     if let Some(credit) = far.done(bytes.len()) {
                         near.receive(Piece::Credit(credit)).unwrap();

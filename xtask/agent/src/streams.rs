@@ -242,7 +242,7 @@ impl Shared {
             let next = {
                 let mut state = lock(&stream.state);
                 loop {
-                    match state.flow.next() {
+                    match state.flow.take() {
                         Next::Wait => state = wait(&stream.changed, state),
                         next => break next,
                     }
