@@ -156,6 +156,7 @@ impl Netvsp {
         }
         let nic = shared.nic.clone();
         self.take_packets(&mut shared, channel)?;
+        let left_some = !self.path.has_room();
         let mut deadline = None;
         if self.is_primary() {
             self.keep_house(&mut shared)?;
@@ -173,8 +174,8 @@ impl Netvsp {
         } else if let Some(queue) = shared.queues.get_mut(usize::from(self.path.index)) {
             queue.send_blocked = self.path.is_blocked();
         }
-        // What is left in the ring has nobody who signals it.
-        let rest = (!self.path.has_room()).then_some(now + 1);
+        // What is left in the ring has nobody who signals it. While there is no room, the network or the ring will tell.
+        let rest = (left_some && self.path.has_room()).then_some(now + 1);
         self.deadline = [deadline, flushed, rest].into_iter().flatten().min();
         nic.rest();
         Ok(())

@@ -57,6 +57,9 @@ struct Ready {
 pub(super) struct Path {
     /// The channel's index: 0 is the primary one.
     pub(super) index: u16,
+    /// Answers that wait for nothing but room in the ring.
+    pub(super) answers: VecDeque<Out>,
+    /// Frames that wait for the network, and behind them the answers to the packets that they were in.
     pub(super) outbox: VecDeque<Out>,
     pub(super) outbox_bytes: usize,
     /// Since when the network has had no room.
@@ -86,6 +89,7 @@ impl Path {
     pub(super) fn new(index: u16) -> Self {
         Self {
             index,
+            answers: VecDeque::new(),
             outbox: VecDeque::new(),
             outbox_bytes: 0,
             blocked_since: None,
@@ -100,18 +104,18 @@ impl Path {
 
     /// Whether there is room for what comes of another packet of the guest.
     pub(super) fn has_room(&self) -> bool {
-        self.outbox_bytes < OUTBOX && self.outbox.len() < ANSWERS
+        self.outbox_bytes < OUTBOX && self.outbox.len() + self.answers.len() < ANSWERS
     }
 
     /// Whether frames wait for room in the network.
     pub(super) fn is_blocked(&self) -> bool {
-        self.blocked_since.is_some()
+        self.outbox_bytes > 0
     }
 
     /// Answers a packet that asked for it, with `payload`.
     pub(super) fn answer(&mut self, packet: &PacketBuffer, payload: Vec<u8>) {
         if packet.completion_requested() {
-            self.outbox
+            self.answers
                 .push_back(Out::Answer(packet.transaction_id(), payload));
         }
     }
@@ -171,7 +175,9 @@ impl Path {
         loop {
             let need = self.push_all(shared, now, channel)?;
             channel.publish()?;
-            let blocked = self.blocked_since.map(|since| since + PATIENCE);
+            // Once that time is over frames are lost at once, and there is nothing to wait for.
+            let blocked = self.blocked_since.filter(|_| self.is_blocked());
+            let blocked = blocked.map(|since| since.saturating_add(PATIENCE));
             let Some(need) = need else {
                 return Ok(blocked);
             };
@@ -212,7 +218,16 @@ impl Path {
         now: u64,
         channel: &mut HostChannel,
     ) -> Result<Option<u32>, Fault> {
-        while let Some(out) = self.outbox.front() {
+        loop {
+            let is_answer = !self.answers.is_empty();
+            let queue = if is_answer {
+                &self.answers
+            } else {
+                &self.outbox
+            };
+            let Some(out) = queue.front() else {
+                return Ok(None);
+            };
             let pushed = match out {
                 Out::Frame(frame) => {
                     let length = frame.len();
@@ -239,9 +254,12 @@ impl Path {
             if let Some(need) = room(pushed)? {
                 return Ok(Some(need));
             }
-            self.outbox.pop_front();
+            if is_answer {
+                self.answers.pop_front();
+            } else {
+                self.outbox.pop_front();
+            }
         }
-        Ok(None)
     }
 
     /// Makes the next transfer-page packet ready. Returns whether there is one.

@@ -90,7 +90,14 @@ impl Path {
         }
         if taken.packet.completion_requested() {
             let transaction = taken.packet.transaction_id();
-            self.outbox.push_back(Out::Done(transaction, status));
+            // Frames of this packet may wait; those before it are no concern of a control message.
+            let waits = self.is_blocked() && taken.traffic == Traffic::DATA;
+            let queue = if waits {
+                &mut self.outbox
+            } else {
+                &mut self.answers
+            };
+            queue.push_back(Out::Done(transaction, status));
         }
         Ok(())
     }
@@ -196,8 +203,8 @@ impl Path {
 
     /// Hands a frame to the network, behind those that wait for it.
     fn emit(&mut self, nic: &Nic, frame: &[u8]) {
-        let is_first = !self.is_blocked() && self.outbox_bytes == 0;
-        if is_first && nic.send(frame).is_ok() {
+        if !self.is_blocked() && nic.send(frame).is_ok() {
+            self.blocked_since = None;
             return;
         }
         self.outbox_bytes += frame.len();
