@@ -255,6 +255,8 @@ impl Host {
         while let Some(event) = self.server.poll_event() {
             self.handle(event);
         }
+        // Before channel numbers are given out anew.
+        self.fulfil();
     }
 
     /// Takes a message that the guest posts; the status is that of the hypercall.
