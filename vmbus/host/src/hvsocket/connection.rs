@@ -169,7 +169,7 @@ impl Connection {
     }
 
     /// Moves what the guest has sent. Returns whether there was something.
-    fn from_guest(&mut self, channel: &mut HostChannel) -> Result<bool, Failure> {
+    fn receive_from_guest(&mut self, channel: &mut HostChannel) -> Result<bool, Failure> {
         let mut moved = false;
         for turn in 0.. {
             if !self.flush() {
@@ -219,7 +219,7 @@ impl Connection {
     }
 
     /// Moves what the program has sent. Returns whether there was something.
-    fn to_guest(&mut self, channel: &mut HostChannel) -> Result<bool, Failure> {
+    fn send_to_guest(&mut self, channel: &mut HostChannel) -> Result<bool, Failure> {
         let chunk = chunk(channel);
         let mut moved = false;
         for _ in 0..BUDGET {
@@ -271,7 +271,7 @@ impl Connection {
 
     fn serve_both(&mut self, now: u64, channel: &mut HostChannel) -> Result<(), Failure> {
         self.retry = None;
-        let moved = self.from_guest(channel)? | self.to_guest(channel)?;
+        let moved = self.receive_from_guest(channel)? | self.send_to_guest(channel)?;
         let told = self.end_made && self.outgoing.is_empty();
         let drained = channel.is_drained()?;
         // Nothing of the guest's will reach the program any more.
