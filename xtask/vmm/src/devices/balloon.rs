@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vmbus::ids::PageNumber;
 use vmbus::protocol::{Guid, interface};
 use vmbus_host::bus;
-use vmbus_host::dynamic_memory::DynamicMemory;
+use vmbus_host::dynamic_memory::{DynamicMemory, MemoryEvent};
 use vmbus_host::host::Host;
 use vmbus_host::machine::SharedDynamicMemory;
 use vmbus_host::provider::Provider;
@@ -29,7 +29,6 @@ pub struct Balloon {
     target_mib: Arc<Mutex<u64>>,
     /// Pages that the VM was given beyond what it started with.
     added: Mutex<u64>,
-    vm: Arc<Mutex<Option<Arc<dyn Vm>>>>,
     events: Events,
 }
 
@@ -41,7 +40,6 @@ impl Balloon {
             memory: Arc::new(Mutex::new(memory)),
             target_mib: Arc::new(Mutex::new(mib)),
             added: Mutex::new(0),
-            vm: Arc::default(),
             events,
         }
     }
@@ -68,12 +66,21 @@ impl Balloon {
             let desc = format!("the VM has room for {left} MiB more, not for {mib}");
             return Err(Failure::generic(desc));
         }
+        let mut memory = self.memory.lock();
+        memory
+            .check_hot_add((first, count))
+            .map_err(|error| Failure::generic(error.to_string()))?;
         let pages = usize::try_from(count).unwrap_or(usize::MAX);
         vm.hot_add_memory(PageNumber(first), pages)
             .map_err(|error| Failure::generic(format!("memory cannot be added: {error}")))?;
         *added += count;
-        self.memory.lock().hot_add((first, count));
-        Ok(())
+        let reply = memory.hot_add((first, count));
+        drop(memory);
+        match reply.take() {
+            Some(Err(error)) => Err(Failure::generic(error.to_string())),
+            // The guest's answer shows in the state.
+            _ => Ok(()),
+        }
     }
 
     /// How it stands.
@@ -88,7 +95,7 @@ fn state(memory: &DynamicMemory, target_mib: u64) -> BalloonState {
     BalloonState {
         actual_mib: memory.actual() / PAGES_PER_MIB,
         target_mib,
-        removed_pages: memory.removed().iter().map(|(_, count)| count).sum(),
+        removed_pages: memory.removed_pages(),
         version: memory
             .version()
             .map(|version| format!("{}.{}", version >> 16, version & 0xFFFF)),
@@ -101,17 +108,11 @@ impl Part for Balloon {
     fn offer(&self) -> Option<(bus::Device, Box<dyn Provider>)> {
         let device = bus::Device::new(interface::DYNAMIC_MEMORY, INSTANCE);
         let (memory, target) = (self.memory.clone(), self.target_mib.clone());
-        let (vm, events) = (self.vm.clone(), self.events.clone());
+        let events = self.events.clone();
         let mut seen = Seen::default();
         let look = move || {
             let target = *target.lock();
             let memory = memory.lock();
-            if let Some(vm) = &*vm.lock() {
-                for &(first, count) in memory.removed().get(seen.removed..).unwrap_or_default() {
-                    vm.discard(PageNumber(first), count);
-                }
-            }
-            seen.removed = memory.removed().len();
             let actual = memory.actual();
             if seen.actual.replace(actual).is_some_and(|was| was != actual) {
                 events.push(Event::Balloon(state(&memory, target)));
@@ -128,26 +129,31 @@ impl Part for Balloon {
             ("removed-pages", state(&memory, 0).removed_pages),
             ("status-reports", memory.reports().0),
             ("balloon-responses", memory.balloon_responses()),
-            ("complaints", memory.complaints().len() as u64),
+            ("complaints", memory.complaint_count()),
         ])
     }
 
     fn begin(&mut self, _host: &mut Host, vm: &Arc<dyn Vm>) -> Result<(), Failure> {
-        *self.vm.lock() = Some(Arc::clone(vm));
         *self.added.lock() = 0;
+        let mut memory = self.memory.lock();
+        memory.restart();
+        let owner = Arc::clone(vm);
+        memory.observe(move |event| {
+            if let MemoryEvent::Taken((first, count)) = event {
+                owner.discard(PageNumber(first), count);
+            }
+        });
         Ok(())
     }
 
     fn finish(&mut self) {
-        *self.vm.lock() = None;
+        self.memory.lock().observe(|_| {});
     }
 }
 
 /// What was seen of it last.
 #[derive(Default)]
 struct Seen {
-    /// How many runs the guest had given away.
-    removed: usize,
     /// How many pages it had.
     actual: Option<u64>,
 }
