@@ -173,7 +173,15 @@ pub(crate) enum ProviderStep<'a> {
     Tick(u32),
     /// The user wants the guest to have so many pages.
     Target(u32),
+    /// The user adds memory: which unit of 128 MiB behind what the guest has.
+    HotAdd(u8),
 }
+
+/// Pages of 128 MiB.
+const UNIT: u64 = 1 << 15;
+
+/// The most units of memory that are added.
+const UNITS: u64 = 16;
 
 /// Pages of the guest in [`host_providers`].
 const RAM: u64 = 1 << 20;
@@ -195,8 +203,13 @@ pub fn host_providers(data: &[u8]) {
             ProviderStep::Target(pages) => {
                 provider.set_target(u64::from(pages).min(RAM));
             }
+            ProviderStep::HotAdd(unit) => {
+                let first = RAM + u64::from(unit) % UNITS * UNIT;
+                drop(provider.hot_add((first, UNIT)));
+            }
         }
         while provider.poll_message().is_some() {}
-        assert!(provider.actual() <= RAM);
+        assert!(provider.actual() <= RAM + UNITS * UNIT);
+        assert!(provider.actual() + provider.removed_pages() >= RAM);
     }
 }

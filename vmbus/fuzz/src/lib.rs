@@ -12,8 +12,10 @@ mod balloon;
 mod bus;
 mod guest;
 mod host;
+mod hvsocket;
 mod ic;
 mod kmcl;
+mod kvp;
 mod protocol;
 mod ring;
 pub mod seeds;
@@ -22,8 +24,10 @@ mod storvsp;
 pub use balloon::balloon;
 pub use bus::bus_messages;
 pub use host::{host_providers, host_ring, host_server};
+pub use hvsocket::host_hvsocket;
 pub use ic::{host_ic, ic};
 pub use kmcl::kmcl_channel;
+pub use kvp::host_kvp;
 pub use protocol::protocol;
 pub use ring::{ring_reader, ring_writer};
 pub use storvsp::storvsp;
@@ -34,10 +38,12 @@ use serde::{Deserialize, Serialize};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target, by name.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 14] = [
     ("balloon", balloon),
     ("bus_messages", bus_messages),
+    ("host_hvsocket", host_hvsocket),
     ("host_ic", host_ic),
+    ("host_kvp", host_kvp),
     ("host_providers", host_providers),
     ("host_ring", host_ring),
     ("host_server", host_server),

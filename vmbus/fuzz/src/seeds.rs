@@ -65,6 +65,8 @@ pub fn seeds() -> Vec<Seed> {
     seeds.extend(channels());
     seeds.extend(dynamic_memory());
     seeds.extend(integration());
+    seeds.extend(key_values());
+    seeds.extend(sockets());
     seeds.extend(storage());
     seeds
 }
@@ -442,6 +444,59 @@ fn storage() -> Vec<Seed> {
         seed("storvsp", "disk", input(&disk)),
         seed("storvsp", "drive", input(&drive)),
         seed("storvsp", "several", input(&several)),
+    ]
+}
+
+/// Each operation in each version, answered.
+fn key_values() -> Vec<Seed> {
+    use crate::kvp::Step;
+    let entry = [
+        [1, 0, 0, 0, 4, 0, 0, 0, 4, 0, 0, 0].as_slice(),
+        &[b'k', 0, 0, 0],
+    ]
+    .concat();
+    (0..3u8)
+        .map(|version| {
+            let mut steps = vec![Step::Open(true), Step::Agree(version)];
+            for what in [0, 6, 12, 18, 21, 26] {
+                steps.push(Step::Ask(what));
+                steps.push(Step::Answer(0, 8, &entry));
+            }
+            steps.push(Step::Answer(0x8007_0103, 0, &[]));
+            steps.push(Step::Ask(0));
+            steps.push(Step::Advance(u32::MAX));
+            steps.push(Step::Open(false));
+            let name = format!("version-{}", 3 + version);
+            seed("host_kvp", name, input(&steps))
+        })
+        .collect()
+}
+
+/// Connections that come to a good end, and to others.
+fn sockets() -> Vec<Seed> {
+    use crate::hvsocket::Step;
+    let good = [
+        Step::Data(b"hello"),
+        Step::Send(3000),
+        Step::Receive(100),
+        Step::Data(b""),
+        Step::Send(9000),
+        Step::Receive(9000),
+        Step::Finish,
+        Step::Advance(200_000_000),
+    ];
+    let bad = [
+        Step::Request(1),
+        Step::Request(2),
+        Step::Scribble(0, &[0xF8, 0xFF]),
+        Step::Packet(&[2, 0, 0, 0, 4, 0, 0, 0, 1, 2, 3, 4]),
+        Step::Data(b"more"),
+        Step::Advance(100_000_000),
+        Step::Close,
+    ];
+    vec![
+        seed("host_hvsocket", "good", input(&good)),
+        seed("host_hvsocket", "bad", input(&bad)),
     ]
 }
 
