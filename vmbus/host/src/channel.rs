@@ -2,7 +2,7 @@
 
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{Ordering, fence};
 
 use vmbus::ids::{GpadlHandle, PAGE_SIZE, VpIndex};
 use vmbus::ring::{
@@ -42,6 +42,8 @@ pub struct HostChannel {
     late: VecDeque<(u64, PacketBuffer)>,
     /// Packets for the guest that go later, and when.
     held: VecDeque<(u64, OwnedPacket)>,
+    /// There may be packets that nobody will signal.
+    unseen: bool,
     /// Offsets that say nonsense from now on: the control page, and where in it.
     corrupt: Vec<(u32, usize)>,
 }
@@ -80,6 +82,7 @@ impl HostChannel {
             now: 0,
             late: VecDeque::new(),
             held: VecDeque::new(),
+            unseen: false,
             corrupt: Vec::new(),
         })
     }
@@ -148,7 +151,7 @@ impl HostChannel {
             }
             ChannelFault::Delay(time) => {
                 let at = self.now.saturating_add(time);
-                self.held.push_back((at, packet.to_owned()));
+                self.held.push_back((at, packet.owned()));
                 Ok(())
             }
             ChannelFault::CorruptRing => {
@@ -157,7 +160,7 @@ impl HostChannel {
                 self.writer.push(packet)
             }
             altered => {
-                let mut packet = packet.to_owned();
+                let mut packet = packet.owned();
                 faults::alter(&mut packet, altered);
                 self.writer.push(&packet.as_outgoing())
             }
@@ -203,6 +206,11 @@ impl HostChannel {
         }
         // A broken ring shows at the provider's next access.
         let _ = self.publish();
+    }
+
+    /// Whether there may be packets that nobody will signal, once.
+    pub(crate) fn take_unseen(&mut self) -> bool {
+        core::mem::take(&mut self.unseen)
     }
 
     /// The faults that the packets meet.
@@ -290,9 +298,15 @@ impl HostChannel {
 
     /// Gives the room of the received packets back to the guest.
     pub fn release(&mut self) -> Result<(), RingError> {
+        if self.reader.is_published() {
+            return Ok(());
+        }
         let signal = self.reader.publish()?;
         self.interrupt |= signal == Signal::Needed;
         self.corrupt();
+        // What came between the last look and now was not signalled: the guest saw a ring that was not empty.
+        fence(Ordering::SeqCst);
+        self.unseen |= self.reader.peek()?.is_some();
         Ok(())
     }
 

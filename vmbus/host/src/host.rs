@@ -328,6 +328,9 @@ impl Host {
                     ran.busy = true;
                     open.channel.set_time(now);
                     provider.serve(now, &mut open.channel);
+                    if open.channel.take_unseen() {
+                        self.signalled.insert(*id);
+                    }
                 }
             }
             if let Some(vp) = open.channel.take_interrupt() {

@@ -153,7 +153,7 @@ impl<'a> Outgoing<'a> {
     }
 
     /// The same packet with memory of its own.
-    pub fn to_owned(&self) -> OwnedPacket {
+    pub fn owned(&self) -> OwnedPacket {
         OwnedPacket {
             kind: self.kind,
             transaction_id: self.transaction_id,

@@ -137,6 +137,11 @@ impl Reader {
         Ok(true)
     }
 
+    /// Whether the producer knows of the room of all packets read so far.
+    pub fn is_published(&self) -> bool {
+        self.consumer == self.published
+    }
+
     /// Gives the room of all packets read so far back to the producer, and decides whether it
     /// waits for exactly that (spec vmbus.md 6.4, step 3).
     pub fn publish(&mut self) -> Result<Signal, RingError> {
