@@ -9,7 +9,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    bench, ctl, fuzz,
+    bench, ctl, disk, fuzz,
     guest::{self, Profile, Symboliser},
     header, image,
     machine::{Kind, process},
@@ -52,6 +52,9 @@ enum Command {
     Symbolise(What),
     /// Write the C header for VMBus drivers anew, from its declarations in Rust
     Header,
+    /// Make, describe and check the disks of VMs: raw and VHDX
+    #[command(subcommand, long_about = DISK)]
+    Disk(disk::Command),
     /// Measure what a boot costs
     Bench(bench::Options),
     /// Feed made-up bytes to everything that parses what a host or a guest wrote
@@ -117,6 +120,12 @@ Add functions and source lines to a guest's report, read from standard input.
 Copies standard input to standard output. Below each line with `#N 0xADDRESS` follow the functions \
 that the address belongs to, inlined ones first. The appliance must be the one that ran: same \
 sources, same profile. `cargo xtask run` does this by itself.";
+
+const DISK: &str = "\
+Make, describe and check the disks of VMs: raw and VHDX.
+
+A file whose name ends in .vhdx becomes a VHDX disk, dynamic unless --fixed is given; any other name a raw one. A disk \
+that a VM writes to is locked and neither described nor checked; read-only ones can be.";
 
 const FUZZ: &str = "\
 Feed made-up bytes to everything that parses what a host or a guest wrote.
@@ -220,6 +229,7 @@ fn carry_out(command: Command) -> Result<ExitCode> {
         Command::Image(options) => image::run(&options),
         Command::Symbolise(what) => symbolise(&what),
         Command::Header => header::run(),
+        Command::Disk(command) => disk::run(&command),
         Command::Bench(options) => bench::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Miri(options) => miri::run(&options),

@@ -9,6 +9,7 @@ mod bench;
 mod cli;
 mod console;
 mod ctl;
+mod disk;
 mod floor;
 mod fuzz;
 mod guest;

@@ -18,6 +18,8 @@ use std::{
 };
 
 use self::apt::Apt;
+#[cfg(test)]
+pub use self::qemu::DiskTools;
 pub use self::{apt::exists, problem::Problem, qemu::Qemu};
 use crate::progress;
 
@@ -138,6 +140,24 @@ impl Packages {
         .map_err(|problem| match problem {
             Problem::NoApt => Problem::NoAptForLinux,
             other => other,
+        })
+    }
+
+    /// QEMU's programs for disk images: the system's or fetched ones. Before 8.0 they damaged VHDX files when they wrote to them.
+    #[cfg(test)]
+    pub fn disk_tools(&mut self) -> Result<DiskTools, Problem> {
+        const LEAST: (u32, u32) = (8, 0);
+        if let Some(tools) = DiskTools::of_system(LEAST) {
+            return Ok(tools);
+        }
+        let tree = self.set("qemu-utils", |apt, _| {
+            let found = apt.find("qemu-utils", LEAST)?;
+            apt.download_closure(&["qemu-utils"], found.release.as_deref())
+        })?;
+        DiskTools::of_tree(&tree).map_err(|file| Problem::Incomplete {
+            package: "qemu-utils",
+            file,
+            store: self.directory.clone(),
         })
     }
 

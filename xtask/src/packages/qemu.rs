@@ -53,24 +53,10 @@ impl Qemu {
 
     /// The QEMU of an unpacked tree. On failure the file that is missing.
     pub fn of_tree(tree: &Path) -> Result<Self, String> {
-        let program = tree.join("usr/bin/qemu-system-x86_64");
-        let loader = tree.join(LOADER);
-        for file in [&program, &loader] {
-            if !file.is_file() {
-                return Err(file.display().to_string());
-            }
-        }
-        let libraries: Vec<_> = LIBRARIES
-            .iter()
-            .map(|directory| tree.join(directory).display().to_string())
-            .collect();
+        let (loader, program) = in_tree(tree, "usr/bin/qemu-system-x86_64")?;
         Ok(Self {
             program,
-            loader: vec![
-                loader.display().to_string(),
-                "--library-path".into(),
-                libraries.join(":"),
-            ],
+            loader,
             firmware: FIRMWARE
                 .iter()
                 .map(|directory| tree.join(directory))
@@ -118,6 +104,66 @@ impl Qemu {
             .iter()
             .map(|directory| directory.join(name))
             .find_map(|path| fs::canonicalize(path).ok())
+    }
+}
+
+/// A program of an unpacked tree, and the loader with its options that it is started by. On failure the file that is missing.
+fn in_tree(tree: &Path, program: &str) -> Result<(Vec<String>, PathBuf), String> {
+    let program = tree.join(program);
+    let loader = tree.join(LOADER);
+    for file in [&program, &loader] {
+        if !file.is_file() {
+            return Err(file.display().to_string());
+        }
+    }
+    let libraries: Vec<_> = LIBRARIES
+        .iter()
+        .map(|directory| tree.join(directory).display().to_string())
+        .collect();
+    let loader = vec![
+        loader.display().to_string(),
+        "--library-path".into(),
+        libraries.join(":"),
+    ];
+    Ok((loader, program))
+}
+
+/// QEMU's programs for disk images, each as program and leading arguments.
+#[cfg(test)]
+#[derive(Debug, Clone)]
+pub struct DiskTools {
+    /// `qemu-img`.
+    pub img: Vec<String>,
+    /// `qemu-io`.
+    pub io: Vec<String>,
+}
+
+#[cfg(test)]
+impl DiskTools {
+    /// The system's, if they are at least version `least`.
+    pub fn of_system(least: (u32, u32)) -> Option<Self> {
+        let fits = |program: &str| {
+            let output = Command::new(program).arg("--version").output().ok()?;
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            (version(&text)? >= least).then(|| vec![program.to_owned()])
+        };
+        Some(Self {
+            img: fits("qemu-img")?,
+            io: fits("qemu-io")?,
+        })
+    }
+
+    /// Those of an unpacked tree. On failure the file that is missing.
+    pub fn of_tree(tree: &Path) -> Result<Self, String> {
+        let command = |program: &str| {
+            let (mut command, program) = in_tree(tree, program)?;
+            command.push(program.display().to_string());
+            Ok::<_, String>(command)
+        };
+        Ok(Self {
+            img: command("usr/bin/qemu-img")?,
+            io: command("usr/bin/qemu-io")?,
+        })
     }
 }
 

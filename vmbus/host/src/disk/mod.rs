@@ -19,7 +19,7 @@ pub use faulty::{Effect, Failure, Fault, FaultyDisk, Gate, Operations, Pause, Sl
 pub use file::{Iso, RawDisk};
 pub use memory::MemoryDisk;
 #[cfg(feature = "std")]
-pub use open::{Format, OpenError, Options, Why, open};
+pub use open::{DiskFile, Format, OpenError, Options, Why, open, open_file};
 #[cfg(feature = "std")]
 pub use vhdx::Vhdx;
 

@@ -137,7 +137,56 @@ pub fn open(path: &Path, options: Options) -> Result<Arc<dyn Disk>, OpenError> {
     })
 }
 
+/// A disk's file, locked and not yet looked into further.
+#[derive(Debug)]
+pub struct DiskFile {
+    /// The file; it is locked as long as it is open.
+    pub file: File,
+    /// What it is.
+    pub format: Format,
+    /// Its length in bytes, not 0.
+    pub length: u64,
+    /// Whether it is open, and locked, for reading only.
+    pub read_only: bool,
+}
+
+/// Opens and locks a disk's file as [`open`] does, and leaves what is in it to the caller.
+///
+/// # Errors
+/// As of [`open`], as far as the file's inside does not matter.
+pub fn open_file(path: &Path, options: Options) -> Result<DiskFile, OpenError> {
+    locked(path, options).map_err(|why| OpenError {
+        file: path.to_owned(),
+        why,
+    })
+}
+
 fn attempt(path: &Path, options: Options) -> Result<Arc<dyn Disk>, Why> {
+    let DiskFile {
+        file,
+        format,
+        length,
+        read_only,
+    } = locked(path, options)?;
+    let sector = match format {
+        Format::Raw => options.sector,
+        Format::Iso => Iso::SECTOR,
+        Format::Vhdx => {
+            let disk = Vhdx::open(Arc::new(file), read_only).map_err(Why::Vhdx)?;
+            return Ok(Arc::new(disk));
+        }
+    };
+    if !length.is_multiple_of(sector.into()) {
+        return Err(Why::NotWhole { length, sector });
+    }
+    let identity = identity(path);
+    Ok(match format {
+        Format::Iso => Arc::new(Iso::new(file, identity).map_err(Why::Io)?),
+        _ => Arc::new(RawDisk::new(file, sector, identity, read_only).map_err(Why::Io)?),
+    })
+}
+
+fn locked(path: &Path, options: Options) -> Result<DiskFile, Why> {
     kind(path)?;
     let mut file = File::open(path).map_err(refused(Why::NoPermission))?;
     let length = file.seek(SeekFrom::End(0)).map_err(Why::Io)?;
@@ -154,21 +203,11 @@ fn attempt(path: &Path, options: Options) -> Result<Arc<dyn Disk>, Why> {
         file = open.map_err(refused(Why::NotWritable))?;
     }
     lock(&file, read_only)?;
-    let sector = match format {
-        Format::Raw => options.sector,
-        Format::Iso => Iso::SECTOR,
-        Format::Vhdx => {
-            let disk = Vhdx::open(Arc::new(file), read_only).map_err(Why::Vhdx)?;
-            return Ok(Arc::new(disk));
-        }
-    };
-    if !length.is_multiple_of(sector.into()) {
-        return Err(Why::NotWhole { length, sector });
-    }
-    let identity = identity(path);
-    Ok(match format {
-        Format::Iso => Arc::new(Iso::new(file, identity).map_err(Why::Io)?),
-        _ => Arc::new(RawDisk::new(file, sector, identity, read_only).map_err(Why::Io)?),
+    Ok(DiskFile {
+        file,
+        format,
+        length,
+        read_only,
     })
 }
 

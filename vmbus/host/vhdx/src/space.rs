@@ -110,7 +110,12 @@ impl Space {
 
     /// Bytes within the file that nothing uses.
     pub fn unused(&self) -> u64 {
-        (0..self.end).filter(|mib| !self.is_used(*mib)).count() as u64 * MIB
+        let used: u64 = self
+            .used
+            .iter()
+            .map(|word| u64::from(word.count_ones()))
+            .sum();
+        self.end.saturating_sub(used) * MIB
     }
 }
 
