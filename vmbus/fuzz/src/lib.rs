@@ -20,6 +20,7 @@ mod protocol;
 mod ring;
 pub mod seeds;
 mod storvsp;
+mod vhdx;
 
 pub use balloon::balloon;
 pub use bus::bus_messages;
@@ -31,6 +32,7 @@ pub use kvp::host_kvp;
 pub use protocol::protocol;
 pub use ring::{ring_reader, ring_writer};
 pub use storvsp::storvsp;
+pub use vhdx::vhdx;
 
 use serde::{Deserialize, Serialize};
 
@@ -38,7 +40,7 @@ use serde::{Deserialize, Serialize};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target, by name.
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 15] = [
     ("balloon", balloon),
     ("bus_messages", bus_messages),
     ("host_hvsocket", host_hvsocket),
@@ -53,6 +55,7 @@ pub const TARGETS: [Target; 14] = [
     ("ring_reader", ring_reader),
     ("ring_writer", ring_writer),
     ("storvsp", storvsp),
+    ("vhdx", vhdx),
 ];
 
 /// The most steps of one input: more make it slow, not deep.

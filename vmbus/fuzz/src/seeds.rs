@@ -11,7 +11,7 @@ use vmbus_host::integration::{
 use crate::balloon::message;
 use crate::host::{PROFILES, ProviderStep, RingStep, ServerStep, server};
 use crate::ring::{Packet, Ranges};
-use crate::{balloon, bus, ic, input, kmcl, ring, storvsp};
+use crate::{balloon, bus, ic, input, kmcl, ring, storvsp, vhdx};
 
 /// An input of the corpus.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -68,6 +68,7 @@ pub fn seeds() -> Vec<Seed> {
     seeds.extend(key_values());
     seeds.extend(sockets());
     seeds.extend(storage());
+    seeds.extend(disks());
     seeds
 }
 
@@ -625,5 +626,82 @@ fn integration() -> Vec<Seed> {
             seeds.push(seed("ic", format!("{component}-{name}"), input(&steps)));
         }
     }
+    seeds
+}
+
+/// Disks that are used, and disks whose parts are changed: see [`vhdx::Step`] for the numbers of the parts.
+fn disks() -> Vec<Seed> {
+    use vhdx::Step;
+    let used = [
+        Step::Write(2040, 16, 3),
+        Step::Flush,
+        Step::Write(2040, 16, 4),
+        Step::Read(2030, 40),
+        Step::Crash,
+        Step::Unmap(0, 4096),
+        Step::Write(6000, 1, 5),
+        Step::Flush,
+        Step::Write(0, 200, 6),
+        Step::Open(true),
+        Step::Read(0, 255),
+        Step::Open(false),
+        Step::Write(10_240, 3, 7),
+    ];
+    let mut seeds = Vec::new();
+    for (choice, name) in [(0, "dynamic"), (1, "log-in-use"), (2, "fixed")] {
+        let mut bytes = vec![choice];
+        bytes.extend(input(&used));
+        seeds.push(seed("vhdx", format!("used-{name}"), bytes));
+    }
+    // Fields of each part: the log's GUID and length, an entry of the region table and of the metadata, the sizes, blocks.
+    let changes: [(&str, &[Step<'static>]); 6] = [
+        (
+            "headers",
+            &[
+                Step::Bytes(1, 48, &[1; 16]),
+                Step::Seal(1),
+                Step::Bytes(2, 68, &[0, 0, 32, 0]),
+                Step::Seal(2),
+            ],
+        ),
+        (
+            "region-table",
+            &[Step::Bytes(3, 32, &[0, 0, 64, 0]), Step::Seal(3)],
+        ),
+        (
+            "log",
+            &[
+                Step::Bytes(5, 72, &[0, 0, 48]),
+                Step::Bytes(5, 24, &[1]),
+                Step::Seal(5),
+            ],
+        ),
+        ("metadata", &[Step::Bytes(6, 48, &[8, 0, 1, 0, 4])]),
+        ("items", &[Step::Bytes(7, 0, &[0, 0, 0, 16])]),
+        (
+            "blocks",
+            &[
+                Step::Length(16 << 20),
+                Step::Bytes(8, 0, &[6, 0, 64, 0, 0, 0, 0, 0, 3, 0, 80]),
+            ],
+        ),
+    ];
+    let after = [
+        Step::Open(true),
+        Step::Read(0, 16),
+        Step::Open(false),
+        Step::Write(0, 16, 1),
+        Step::Unmap(0, 5000),
+        Step::Flush,
+    ];
+    for (name, steps) in changes {
+        let mut bytes = vec![1];
+        bytes.extend(input(steps));
+        bytes.extend(input(&after));
+        seeds.push(seed("vhdx", format!("changed-{name}"), bytes));
+    }
+    let mut bytes = vec![3];
+    bytes.extend(b"vhdxfile");
+    seeds.push(seed("vhdx", "signature", bytes));
     seeds
 }
