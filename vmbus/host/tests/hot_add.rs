@@ -106,7 +106,7 @@ impl Setup {
         let mut body = vec![0; 4];
         body.extend((runs.len() as u32 * 2).to_le_bytes());
         for (first, count) in runs {
-            body.extend((first | count << 40).to_le_bytes());
+            body.extend((first | (count << 40)).to_le_bytes());
         }
         self.guest(7, id, &body);
     }
@@ -337,7 +337,7 @@ fn a_million_runs_of_one_page_are_taken_without_a_search() {
     for (at, piece) in runs.chunks(400).enumerate() {
         let last = (at + 1) * 400 >= runs.len();
         let mut body = vec![0; 4];
-        body.extend((piece.len() as u32 * 2 | u32::from(!last)).to_le_bytes());
+        body.extend(((piece.len() as u32 * 2) | u32::from(!last)).to_le_bytes());
         for (first, count) in piece {
             body.extend((first | count << 40).to_le_bytes());
         }
@@ -387,7 +387,7 @@ proptest! {
             }
             while setup.memory.poll_message().is_some() {}
             let whole = setup.memory.actual() + setup.memory.removed_pages();
-            prop_assert!(whole >= RAM && whole <= RAM + 8 * UNIT);
+            prop_assert!((RAM..=RAM + 8 * UNIT).contains(&whole));
         }
     }
 }

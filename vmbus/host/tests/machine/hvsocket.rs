@@ -829,7 +829,8 @@ fn other_connections_go_on_when_one_is_broken() {
 
 #[test]
 fn faults_hit_the_packets_that_they_were_asked_for() {
-    let cases: [(MessageFault, fn(&Seen) -> bool); 5] = [
+    type Expected = fn(&Seen) -> bool;
+    let cases: [(MessageFault, Expected); 5] = [
         (MessageFault::Lost, |seen| {
             seen.bytes.is_empty() && seen.odd.is_empty()
         }),

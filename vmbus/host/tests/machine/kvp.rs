@@ -51,8 +51,10 @@ struct Guest {
     /// Every operation that came, with its pool and length.
     seen: Mutex<Vec<(u8, u8, usize)>>,
     /// Does something else instead.
-    instead: Mutex<Option<Box<dyn FnMut(&mut [u8]) -> Answer + Send>>>,
+    instead: Mutex<Option<Instead>>,
 }
+
+type Instead = Box<dyn FnMut(&mut [u8]) -> Answer + Send>;
 
 fn word(bytes: &[u8], at: usize) -> usize {
     u32::from_le_bytes(*bytes[at..].first_chunk().unwrap()) as usize
@@ -108,8 +110,8 @@ impl ic::Service for Guest {
                 None => NOT_FOUND,
             },
             ENUMERATE => {
-                let of_pool = pools.iter().filter(|((of, _), _)| *of == pool);
-                match of_pool.skip(word(body, 4)).next() {
+                let mut of_pool = pools.iter().filter(|((of, _), _)| *of == pool);
+                match of_pool.nth(word(body, 4)) {
                     Some(((_, key), value)) => {
                         Self::fill(body, 8, key, value);
                         Status::OK

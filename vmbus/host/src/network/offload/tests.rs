@@ -198,7 +198,7 @@ fn tags_go_into_frames_and_out_again() {
 fn segments(frame: &[u8], size: usize) -> Vec<Vec<u8>> {
     let mut all = Vec::new();
     segment(frame, size, &mut Vec::new(), |piece| {
-        all.push(piece.to_vec())
+        all.push(piece.to_vec());
     })
     .unwrap();
     all
