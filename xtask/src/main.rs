@@ -23,6 +23,7 @@ mod nightly;
 mod packages;
 mod progress;
 mod pvh;
+mod referee;
 mod run;
 mod sim;
 mod suite;

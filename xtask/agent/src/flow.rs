@@ -277,7 +277,7 @@ mod tests {
             let total = left;
             let mut sizes = sizes.into_iter().cycle();
             // First as it pleases, then until all has come over.
-            for take in takes.into_iter().chain(std::iter::repeat(true).take(20 * WINDOW)) {
+            for take in takes.into_iter().chain(std::iter::repeat_n(true, 20 * WINDOW)) {
                 let bytes = sizes.next().unwrap_or(1).min(near.room()).min(left);
                 if bytes > 0 {
                     near.sent(bytes);

@@ -367,17 +367,17 @@ mod tests {
 
     /// A stream from a socket at the client to one at the agent.
     fn stream(client: &Streams, agent: &Streams) -> (UnixStream, UnixStream) {
-        let (here, near) = UnixStream::pair().unwrap();
-        let (there, far) = UnixStream::pair().unwrap();
+        let (here, near) = UnixStream::pair().expect("the streams of the test");
+        let (there, far) = UnixStream::pair().expect("the streams of the test");
         for socket in [&here, &there] {
             socket
                 .set_read_timeout(Some(Duration::from_secs(20)))
-                .unwrap();
+                .expect("the streams of the test");
         }
-        let id = client.reserve().unwrap();
-        agent.announce(id).unwrap();
-        agent.join(id, End::of_socket(far).unwrap());
-        client.join(id, End::of_socket(near).unwrap());
+        let id = client.reserve().expect("the streams of the test");
+        agent.announce(id).expect("the streams of the test");
+        agent.join(id, End::of_socket(far).expect("the streams of the test"));
+        client.join(id, End::of_socket(near).expect("the streams of the test"));
         (here, there)
     }
 

@@ -10,6 +10,7 @@ pub struct Archive {
 
 const DIRECTORY: u32 = 0o040_755;
 const FILE: u32 = 0o100_755;
+const LINK: u32 = 0o120_777;
 
 impl Archive {
     /// Adds a directory. Its parents must have been added before.
@@ -20,6 +21,11 @@ impl Archive {
     /// Adds an executable file, without the leading slash.
     pub fn file(&mut self, path: &str, content: &[u8]) {
         self.entry(path, FILE, content);
+    }
+
+    /// Adds a symbolic link to `target`.
+    pub fn link(&mut self, path: &str, target: &str) {
+        self.entry(path, LINK, target.as_bytes());
     }
 
     /// Ends the archive.

@@ -197,6 +197,33 @@ impl Vm {
         }
     }
 
+    /// Waits until `look` finds something in the console's bytes behind what was gone past
+    /// before; it gives how many of them it has used, too. `None` when `limit` passes first.
+    ///
+    /// # Errors
+    /// When the VM ends without it.
+    pub fn take_console<T>(
+        &mut self,
+        limit: Duration,
+        look: impl Fn(&[u8]) -> Option<(usize, T)>,
+    ) -> Result<Option<T>> {
+        let seen = self.seen;
+        let found = self.watch(limit, |record| {
+            match look(record.console.get(seen..).unwrap_or_default()) {
+                Some(found) => Some(Some(found)),
+                None => record.exited.map(|_| None),
+            }
+        })?;
+        match found {
+            Some(Some((used, found))) => {
+                self.seen = seen + used;
+                Ok(Some(found))
+            }
+            Some(None) => bail!("{}{}", self.ending()?, self.last_words()),
+            None => Ok(None),
+        }
+    }
+
     /// The whole console so far.
     pub fn console(&self) -> String {
         self.now(|record| text(&record.console))

@@ -1,5 +1,6 @@
 //! Software that the test machine is made of: QEMU with its firmware and
-//! libraries, and a Linux kernel with modules.
+//! libraries, and a Linux kernel with modules; and the tools of the Linux guest that
+//! judges our host.
 //!
 //! What the system has and fits is used. Otherwise packages are fetched by name
 //! through apt and unpacked below `target/enlit/packages`, each set in a
@@ -11,6 +12,7 @@ mod apt;
 mod problem;
 mod qemu;
 mod sources;
+mod tree;
 
 use std::{
     env, fs,
@@ -20,7 +22,7 @@ use std::{
 use self::apt::Apt;
 #[cfg(test)]
 pub use self::qemu::DiskTools;
-pub use self::{apt::exists, problem::Problem, qemu::Qemu};
+pub use self::{apt::exists, problem::Problem, qemu::Qemu, tree::Tree};
 use crate::progress;
 
 /// Oldest QEMU that serves: the first with `hv-balloon`.
@@ -31,6 +33,17 @@ const LINUX_PACKAGES: [&str; 2] = ["linux-image-cloud-amd64", "linux-image-virtu
 
 /// Oldest kernel that serves in the test machine.
 const LINUX_LEAST: (u32, u32) = (6, 8);
+
+/// Packages of the Linux guest's tools.
+const TOOLS: [&str; 7] = [
+    "busybox-static",
+    "e2fsprogs",
+    "ethtool",
+    "fdisk",
+    "hyperv-daemons",
+    "sg3-utils",
+    "socat",
+];
 
 /// Where packages are kept, and the one apt that fetches them.
 #[derive(Debug)]
@@ -158,6 +171,27 @@ impl Packages {
             package: "qemu-utils",
             file,
             store: self.directory.clone(),
+        })
+    }
+
+    /// The tools of the Linux guest, with their libraries.
+    pub fn tools(&mut self) -> Result<Tree, Problem> {
+        self.set("tools", |apt, into| {
+            // What else these packages want is for installing them.
+            let is_library = |name: &str| name.starts_with("lib") && !name.contains("perl");
+            let mut names = Vec::new();
+            for package in TOOLS {
+                names.extend(apt.closure_names(package, None)?);
+            }
+            names.retain(|name| TOOLS.contains(&name.as_str()) || is_library(name));
+            names.sort();
+            names.dedup();
+            apt.download(&names, None, into)
+        })
+        .map(Tree::new)
+        .map_err(|problem| match problem {
+            Problem::NoApt => Problem::NoAptForLinux,
+            other => other,
         })
     }
 

@@ -6,12 +6,7 @@ use std::{
     process::Command,
 };
 
-/// The dynamic loader of an unpacked tree. Its usual path is an absolute link
-/// that leads out of the tree.
-const LOADER: &str = "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
-
-/// Library directories of an unpacked tree.
-const LIBRARIES: [&str; 2] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
+use super::tree::{self, Tree};
 
 /// Firmware directories of an unpacked tree.
 const FIRMWARE: [&str; 2] = ["usr/share/qemu", "usr/share/seabios"];
@@ -88,13 +83,8 @@ impl Qemu {
             Some((loader, options)) => (loader.as_str(), options),
             None => (SYSTEM_LOADER, &[][..]),
         };
-        let output = Command::new(loader)
-            .args(options)
-            .arg("--list")
-            .arg(&self.program)
-            .output()?;
         let mut libraries = vec![PathBuf::from(loader)];
-        libraries.extend(listed(&String::from_utf8_lossy(&output.stdout)));
+        libraries.extend(tree::libraries(Path::new(loader), options, &self.program)?);
         Ok(libraries)
     }
 
@@ -110,21 +100,17 @@ impl Qemu {
 /// A program of an unpacked tree, and the loader with its options that it is started by. On failure the file that is missing.
 fn in_tree(tree: &Path, program: &str) -> Result<(Vec<String>, PathBuf), String> {
     let program = tree.join(program);
-    let loader = tree.join(LOADER);
+    let unpacked = Tree::new(tree.to_owned());
+    let loader = unpacked.loader();
     for file in [&program, &loader] {
         if !file.is_file() {
             return Err(file.display().to_string());
         }
     }
-    let libraries: Vec<_> = LIBRARIES
-        .iter()
-        .map(|directory| tree.join(directory).display().to_string())
+    let loader = [loader.display().to_string()]
+        .into_iter()
+        .chain(unpacked.loader_options())
         .collect();
-    let loader = vec![
-        loader.display().to_string(),
-        "--library-path".into(),
-        libraries.join(":"),
-    ];
     Ok((loader, program))
 }
 
@@ -174,15 +160,6 @@ fn version(text: &str) -> Option<(u32, u32)> {
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
-/// Files in the loader's list, the loader itself left out.
-fn listed(text: &str) -> Vec<PathBuf> {
-    text.lines()
-        .filter_map(|line| line.split_once(" => ")?.1.split_whitespace().next())
-        .filter(|path| path.starts_with('/') && !path.contains("/ld-linux"))
-        .map(PathBuf::from)
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -192,12 +169,6 @@ mod tests {
         let text = "QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\nCopyright";
         assert_eq!(version(text), Some((10, 0)));
         assert_eq!(version("no such thing"), None);
-    }
-
-    #[test]
-    fn the_loaders_list_is_read() {
-        let text = "\tlinux-vdso.so.1 (0x00007ffc)\n\tlibz.so.1 => /l/libz.so.1 (0x7f)\n\tlibno.so => not found\n\t/lib64/ld-linux-x86-64.so.2 => /l/ld-linux-x86-64.so.2 (0x7f)\n";
-        assert_eq!(listed(text), [PathBuf::from("/l/libz.so.1")]);
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod floor;
 mod linux_boot;
 mod machine;
 mod power;
+mod referee;
 mod refuse;
 mod test_machine;
 mod variants;
@@ -24,7 +25,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use regex::Regex;
 
 use self::guests::Guests;
@@ -46,9 +47,33 @@ pub struct Options {
     /// Run only VM tests whose name holds this text, and no unit tests
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
+    /// Run only these tests
+    #[arg(long, value_enum)]
+    suite: Option<Suite>,
     /// Name the VM tests and run nothing
     #[arg(long)]
     list: bool,
+}
+
+/// Tests by what they are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Suite {
+    /// Unit tests on this computer
+    Unit,
+    /// Our own guests in VMs
+    Guests,
+    /// Linux with its Hyper-V drivers as a guest of our host
+    Referee,
+}
+
+impl Options {
+    /// Whether the tests of a suite are wanted.
+    fn wants(&self, suite: Suite) -> bool {
+        match self.suite {
+            Some(wanted) => wanted == suite,
+            None => suite != Suite::Unit || self.filter.is_none(),
+        }
+    }
 }
 
 /// Packages whose unit tests run on this computer.
@@ -178,55 +203,36 @@ fn all() -> Vec<&'static Test> {
 /// Runs the tests; fails when one fails.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let wanted = options.filter.as_deref().unwrap_or_default();
-    let tests: Vec<_> = all()
-        .into_iter()
-        .filter(|test| test.name.contains(wanted))
-        .collect();
+    let mut tests = all();
+    tests.retain(|test| options.wants(Suite::Guests) && test.name.contains(wanted));
+    let mut judged: Vec<_> = referee::names().collect();
+    judged.retain(|name| options.wants(Suite::Referee) && name.contains(wanted));
     if options.list {
-        for test in tests {
-            println!("{}", test.name);
+        for name in tests.iter().map(|test| test.name).chain(judged) {
+            println!("{name}");
         }
         return Ok(ExitCode::SUCCESS);
     }
-    if tests.is_empty() {
+    if tests.is_empty() && judged.is_empty() && !options.wants(Suite::Unit) {
         bail!("no VM test has {wanted:?} in its name; `cargo xtask test --list` names them");
     }
     let workspace = Workspace::find()?;
-    let mut count = Count::default();
-    if options.filter.is_none() {
-        for package in UNIT_TESTED {
-            count.unit(unit_tests(&workspace, package, &[], &[])?, package);
-        }
-        let optimised = ["--profile", sim::PROFILE];
-        let done = unit_tests(&workspace, "vmbus-sim", &optimised, &[])?;
-        count.unit(done, "vmbus-sim");
-    }
-    if options.filter.is_none() {
-        count.unit(corpus_tests(&workspace)?, "vmbus-fuzz");
-    }
     let mut packages = Packages::new(&workspace.store())?;
-    if options.filter.is_none() {
-        let done = loader_tests(&workspace, &mut packages)?;
-        count.unit(done, "boot under OVMF");
+    let mut count = Count::default();
+    if options.wants(Suite::Unit) {
+        all_unit_tests(&workspace, &mut packages, &mut count)?;
     }
-    let guests = Guests::build(&workspace)?;
-    for needs in [Needs::Emulation, Needs::HyperV] {
-        let tests: Vec<_> = tests.iter().filter(|test| test.needs == needs).collect();
-        if tests.is_empty() {
-            continue;
-        }
-        let Choice { kind, reason } = match needs {
-            Needs::Emulation => Choice {
-                kind: Kind::Emulated,
-                reason: "for the tests without Hyper-V".into(),
-            },
-            Needs::HyperV => machines::choose(options.machine.into()),
-        };
-        println!("machine: {kind} ({reason})");
-        let machine = Machine::start(&workspace, &mut packages, kind, Clock::Wall)?;
-        for test in tests {
-            count.vm(test, &machine, &guests);
-        }
+    if !tests.is_empty() {
+        guest_tests(&tests, options, &workspace, &mut packages, &mut count)?;
+    }
+    if !judged.is_empty() {
+        referee::run(
+            wanted,
+            options.machine,
+            &workspace,
+            &mut packages,
+            &mut count,
+        )?;
     }
     if count.repeated > 0 {
         println!(
@@ -240,6 +246,47 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn all_unit_tests(workspace: &Workspace, packages: &mut Packages, count: &mut Count) -> Result<()> {
+    for package in UNIT_TESTED {
+        count.unit(unit_tests(workspace, package, &[], &[])?, package);
+    }
+    let optimised = ["--profile", sim::PROFILE];
+    let done = unit_tests(workspace, "vmbus-sim", &optimised, &[])?;
+    count.unit(done, "vmbus-sim");
+    count.unit(corpus_tests(workspace)?, "vmbus-fuzz");
+    count.unit(loader_tests(workspace, packages)?, "boot under OVMF");
+    Ok(())
+}
+
+fn guest_tests(
+    tests: &[&Test],
+    options: &Options,
+    workspace: &Workspace,
+    packages: &mut Packages,
+    count: &mut Count,
+) -> Result<()> {
+    let guests = Guests::build(workspace)?;
+    for needs in [Needs::Emulation, Needs::HyperV] {
+        let tests: Vec<_> = tests.iter().filter(|test| test.needs == needs).collect();
+        if tests.is_empty() {
+            continue;
+        }
+        let Choice { kind, reason } = match needs {
+            Needs::Emulation => Choice {
+                kind: Kind::Emulated,
+                reason: "for the tests without Hyper-V".into(),
+            },
+            Needs::HyperV => machines::choose(options.machine.into()),
+        };
+        println!("machine: {kind} ({reason})");
+        let machine = Machine::start(workspace, packages, kind, Clock::Wall)?;
+        for test in tests {
+            count.vm(test, &machine, &guests);
+        }
+    }
+    Ok(())
 }
 
 #[derive(Default)]

@@ -1,0 +1,195 @@
+//! Linux judges our host: Debian's kernel boots on the test machine, and its own Hyper-V drivers
+//! and tools say whether a device is what it should be.
+//!
+//! A boot is the dear part, so the tests of a group share one, in their order. After a test that
+//! ends the guest, or leaves it without an answer, those behind it get a new one.
+
+mod config;
+mod drivers;
+mod faults;
+mod files;
+mod iso;
+mod log;
+mod network;
+mod services;
+mod session;
+mod storage;
+
+use std::{fs, time::Instant};
+
+use anyhow::{Context, Result, ensure};
+use vmm::config::Config;
+
+pub use self::session::Session;
+use super::Count;
+use crate::{
+    cli::Wish,
+    guest,
+    machine::{self, Choice, Clock, Ending, Kind, Machine, Purpose},
+    packages::Packages,
+    progress,
+    referee::{CMDLINE, Guest, Image},
+    workspace::Workspace,
+};
+use files::Files;
+
+/// Tests that share a boot of Linux.
+pub struct Group {
+    /// The VM that Linux boots in; kernel and command line are put in later.
+    config: fn(&Files) -> Result<Config>,
+    /// Tests, in their order.
+    tests: &'static [&'static [Test]],
+}
+
+/// A test of a device by Linux.
+pub struct Test {
+    /// Its name, `referee/area/what`.
+    pub name: &'static str,
+    /// Runs it; says what was checked.
+    pub run: fn(&mut Session) -> Result<String>,
+}
+
+const GROUPS: &[Group] = &[
+    Group {
+        config: config::everything,
+        tests: &[
+            drivers::TESTS,
+            storage::TESTS,
+            network::TESTS,
+            services::TESTS,
+            &[log::TEST, services::POWER_OFF],
+        ],
+    },
+    Group {
+        config: config::faulty,
+        tests: &[faults::TESTS, &[services::REBOOT]],
+    },
+];
+
+/// Names of the guest's files on the machine.
+const KERNEL: &str = "linux.elf";
+const INITRD: &str = "linux.initrd";
+
+/// The names of all tests.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    GROUPS
+        .iter()
+        .flat_map(|group| group.tests)
+        .flat_map(|tests| *tests)
+        .map(|test| test.name)
+}
+
+/// Runs the tests whose names hold `wanted`.
+pub fn run(
+    wanted: &str,
+    machine: Wish,
+    workspace: &Workspace,
+    packages: &mut Packages,
+    count: &mut Count,
+) -> Result<()> {
+    let Choice { kind, reason } = machine::choose(machine.into());
+    println!("machine: our own, on {kind} ({reason})");
+    let image = Image::prepare(
+        &workspace.store(),
+        &packages.linux()?,
+        &packages.tools()?,
+        &guest::build_agent(workspace)?,
+    )?;
+    let machine =
+        &Machine::start_for(Purpose::TestMachine, workspace, packages, kind, Clock::Wall)?;
+    for (name, file) in [(KERNEL, &image.kernel), (INITRD, &image.initrd)] {
+        let content = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+        machine.put(name, &content)?;
+    }
+    for group in GROUPS {
+        let tests: Vec<_> = group
+            .tests
+            .iter()
+            .flat_map(|tests| *tests)
+            .filter(|test| test.name.contains(wanted))
+            .collect();
+        run_group(group, &tests, machine, count)?;
+    }
+    Ok(())
+}
+
+fn run_group(group: &Group, tests: &[&Test], machine: &Machine, count: &mut Count) -> Result<()> {
+    let mut tests = tests.iter();
+    let mut session: Option<Session> = None;
+    while let Some(test) = tests.next() {
+        let mut here = match session.take() {
+            Some(session) => session,
+            None => match boot(group, machine, count) {
+                Ok(session) => session,
+                Err(error) => {
+                    // Nothing that needs it can be said of the rest.
+                    for test in [test].into_iter().chain(tests.by_ref()) {
+                        println!("FAIL  {}: {error:#}", test.name);
+                        count.failed += 1;
+                    }
+                    return Ok(());
+                }
+            },
+        };
+        let start = Instant::now();
+        let result = {
+            let _step = progress::step(test.name);
+            (test.run)(&mut here)
+        };
+        let seconds = start.elapsed().as_secs_f64();
+        match result {
+            Ok(checked) => {
+                println!("ok    {} ({seconds:.1} s): {checked}", test.name);
+                count.passed += 1;
+            }
+            Err(error) => {
+                println!("FAIL  {} ({seconds:.1} s): {error:#}", test.name);
+                println!("{}", here.report());
+                count.failed += 1;
+            }
+        }
+        session = here.answers().then_some(here);
+    }
+    Ok(())
+}
+
+/// Boots Linux. It fails to come up about once in sixty times on the nested machine, which is
+/// the emulator's fault; so it is tried once more, and that is said.
+fn boot<'a>(group: &Group, machine: &'a Machine, count: &mut Count) -> Result<Session<'a>> {
+    match boot_once(group, machine)? {
+        (Err(error), _) if machine.kind() == Kind::Nested => {
+            println!("AGAIN Linux does not come up: {error:#}");
+            let (guest, files) = boot_once(group, machine)?;
+            count.repeated += 1;
+            Ok(Session::new(guest?, files))
+        }
+        (guest, files) => Ok(Session::new(guest?, files)),
+    }
+}
+
+/// Starts the VM and waits for Linux.
+fn boot_once<'a>(group: &Group, machine: &'a Machine) -> Result<(Result<Guest>, Files<'a>)> {
+    let start = Instant::now();
+    let files = Files::new(machine)?;
+    let mut config = (group.config)(&files)?;
+    config.kernel = KERNEL.into();
+    config.initrd = Some(INITRD.into());
+    config.cmdline = CMDLINE.to_owned();
+    let vm = machine.run_vmm(&config)?;
+    let guest = {
+        let _step = progress::step("booting Linux");
+        Guest::come_up(vm)
+    };
+    println!(
+        "      Linux, {:.1} s: {}",
+        start.elapsed().as_secs_f64(),
+        if guest.is_ok() { "up" } else { "not up" }
+    );
+    Ok((guest, files))
+}
+
+/// The guest has ended, and in this way.
+fn ended(found: Ending, wanted: Ending) -> Result<()> {
+    ensure!(found == wanted, "expected that {wanted}, but {found}");
+    Ok(())
+}
