@@ -51,6 +51,9 @@ pub struct Config {
     /// What happens when the guest asks for a reset.
     #[serde(default)]
     pub on_reboot: OnReboot,
+    /// Whether the guest can hibernate (ACPI S4). Linux gives no memory away where it can, and takes none.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub hibernation: bool,
     /// How the kernel is entered. Without it an ELF is entered by its PVH note, a bzImage as Linux.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entry: Option<Entry>,
@@ -68,6 +71,11 @@ fn default_memory() -> u32 {
 
 fn default_cpus() -> u32 {
     1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// What happens when the guest asks for a reset.
@@ -128,6 +136,7 @@ impl Config {
             memory_mib: default_memory(),
             cpus: default_cpus(),
             on_reboot: OnReboot::default(),
+            hibernation: false,
             entry: None,
             vmbus: Bus::default(),
             devices: Vec::new(),

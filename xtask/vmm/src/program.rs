@@ -116,7 +116,7 @@ fn settings(config: &Config) -> Settings {
         memory_mib: u64::from(config.memory_mib),
         hot_add_mib: added.sum(),
         vps: config.cpus,
-        ..Settings::default()
+        hibernation: config.hibernation,
     }
 }
 

@@ -55,7 +55,7 @@ impl Default for Settings {
             memory_mib: 256,
             hot_add_mib: 0,
             vps: 1,
-            hibernation: true,
+            hibernation: false,
         }
     }
 }
