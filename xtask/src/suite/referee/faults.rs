@@ -6,8 +6,7 @@ use serde_json::{Value, json};
 
 use super::{
     Session, Test,
-    config::{CONTROLLER, MEMORY, WIRED},
-    network::{self, FETCH},
+    config::{CONTROLLER, MEMORY},
     session::LONG,
 };
 use crate::referee::Status;
@@ -46,26 +45,6 @@ pub(super) const TESTS: &[Test] = &[
         run: disk_stalls,
     },
     Test {
-        name: "referee/faults/disk-taken-mid-transfer",
-        run: disk_taken,
-    },
-    Test {
-        name: "referee/faults/lossy-network",
-        run: lossy,
-    },
-    Test {
-        name: "referee/faults/network-stalls",
-        run: network_stalls,
-    },
-    Test {
-        name: "referee/faults/network-garbage",
-        run: garbage,
-    },
-    Test {
-        name: "referee/faults/network-taken-mid-transfer",
-        run: network_taken,
-    },
-    Test {
         name: "referee/faults/host-stays-up",
         run: stays_up,
     },
@@ -102,15 +81,15 @@ fn failing(session: &mut Session, operation: &str, copy: &str) -> Result<String>
     };
     session.sh(&at(BAD - 1))?;
     session.sh(&at(BAD + 1))?;
-    let said = session.fails(&at(BAD))?;
-    ensure!(said.contains("I/O error"), "Linux's error is: {said}");
+    session.fails(&at(BAD))?;
     clear(session, CONTROLLER)?;
     session.sh(&at(BAD))?;
     let sector = BAD * BLOCK / 512;
     let log = session.sh(&format!("dmesg | grep 'sector {sector} ' | tail -n 1"))?;
+    // Linux tries a failed write again before it gives up, and then says less.
     ensure!(
-        log.contains("critical medium error"),
-        "Linux does not call it a medium error: {log:?}"
+        log.contains("critical medium error") || log.contains("I/O error"),
+        "Linux says of it: {log:?}"
     );
     Ok(format!(
         "I/O error for that block alone; Linux: {}",
@@ -181,121 +160,6 @@ fn disk_stalls(session: &mut Session) -> Result<String> {
     );
     session.sh(&format!("echo 60 >/sys/block/{disk}/device/timeout"))?;
     Ok("requests wait beyond Linux's time limit, and go on when the host does".into())
-}
-
-fn disk_taken(session: &mut Session) -> Result<String> {
-    let disk = session.disk(CONTROLLER, MEMORY)?;
-    session.sh(&format!(
-        "dd if=/bin/busybox of=/dev/{disk} bs=64k oflag=direct conv=fsync status=none 2>/dev/null; \
-         dd if=/bin/busybox of=/dev/{disk} bs=64k conv=fsync status=none"
-    ))?;
-    // Slow enough that requests are under way when it goes.
-    fault(
-        session,
-        CONTROLLER,
-        "slow-disk",
-        json!({ "lun": MEMORY, "milliseconds": 100 }),
-    )?;
-    session.guest().spawn(
-        "taken",
-        &format!(
-            "while dd if=/dev/{disk} of=/dev/null bs=64k iflag=direct status=none; do :; done"
-        ),
-    )?;
-    session.sh(&format!(
-        "until [ $(cut -c 1-9 /sys/block/{disk}/inflight | tr -d ' ') != 0 ]; do :; done"
-    ))?;
-    session.ctl("rescind", json!({ "device": CONTROLLER }))?;
-    session.guest().join("taken", LONG)?;
-    session.until(&format!("[ ! -e /sys/block/{disk} ]"))?;
-    clear(session, CONTROLLER)?;
-    session.ctl("offer", json!({ "device": CONTROLLER }))?;
-    let disk = session.disk(CONTROLLER, MEMORY)?;
-    session.sh(&format!(
-        "cmp -n $(stat -c %s /bin/busybox) /bin/busybox /dev/{disk}"
-    ))?;
-    Ok(
-        "the reader gets an error, the disks go; offered again, they are back with their data"
-            .into(),
-    )
-}
-
-fn lossy(session: &mut Session) -> Result<String> {
-    network::ends(session)?;
-    fault(
-        session,
-        WIRED[0],
-        "lossy-network",
-        json!({ "loss": 20, "duplication": 10, "reordering": 10 }),
-    )?;
-    network::fetch_both_ways(session)?;
-    clear(session, WIRED[0])?;
-    let again = session.sh("sed -n 's/^Tcp: //p' /proc/net/snmp | tail -n 1 | cut -d' ' -f 12")?;
-    ensure!(again != "0", "TCP has sent nothing again: nothing was lost");
-    Ok(format!(
-        "the file is the same both ways with losses, copies and disorder; {again} segments sent again"
-    ))
-}
-
-fn network_stalls(session: &mut Session) -> Result<String> {
-    network::ends(session)?;
-    fault(session, WIRED[0], "stall", json!({}))?;
-    session.fails("ping -c 2 -W 1 192.0.2.2")?;
-    clear(session, WIRED[0])?;
-    session.until("ping -c 1 -W 1 192.0.2.2 >/dev/null")?;
-    network::fetch_both_ways(session)?;
-    Ok("nothing comes through, then everything".into())
-}
-
-/// Packets that no host may send. Linux's driver says what is wrong with them and goes on.
-fn garbage(session: &mut Session) -> Result<String> {
-    network::ends(session)?;
-    let before = session.sh("dmesg | wc -l")?;
-    for (kind, more) in [
-        ("truncate", json!({ "bytes": 8, "packets": 3 })),
-        ("corrupt", json!({ "offset": 0, "packets": 3 })),
-        ("corrupt", json!({ "offset": 4, "packets": 3 })),
-        ("wrong-transaction", json!({ "packets": 3 })),
-    ] {
-        fault(session, WIRED[0], kind, more)?;
-        // Whatever becomes of these: they meet the packets.
-        session
-            .guest()
-            .run("ping -c 6 -i 0.1 -W 1 192.0.2.2", LONG)?;
-        clear(session, WIRED[0])?;
-    }
-    let said = session.sh(&format!(
-        "dmesg | tail -n +$(({before} + 1)) | grep -c hv_netvsc || true"
-    ))?;
-    // A packet that Linux could not complete may have cost it a buffer; a new channel is whole.
-    let near = session.interface(WIRED[0])?;
-    session.sh(&format!(
-        "ip link set {near} mtu 1400 && ip link set {near} mtu 1500"
-    ))?;
-    network::ends(session)?;
-    network::fetch_both_ways(session)?;
-    Ok(format!(
-        "{said} complaints of hv_netvsc; the adapter works afterwards"
-    ))
-}
-
-fn network_taken(session: &mut Session) -> Result<String> {
-    network::ends(session)?;
-    let near = session.interface(WIRED[0])?;
-    session
-        .guest()
-        .spawn("fetch", &format!("while {FETCH}; do :; done"))?;
-    session.until(&format!(
-        "[ $(cat /sys/class/net/{near}/statistics/rx_bytes) -gt 1000000 ]"
-    ))?;
-    session.ctl("rescind", json!({ "device": WIRED[0] }))?;
-    session.until(&format!("[ ! -e /sys/class/net/{near} ]"))?;
-    session.sh("kill $(pidof wget) 2>/dev/null; true")?;
-    session.guest().join("fetch", LONG)?;
-    session.ctl("offer", json!({ "device": WIRED[0] }))?;
-    network::ends(session)?;
-    network::fetch_both_ways(session)?;
-    Ok("the interface goes while a file comes in; offered again, it carries".into())
 }
 
 fn stays_up(session: &mut Session) -> Result<String> {

@@ -46,7 +46,7 @@ pub(super) const TESTS: &[Test] = &[
 ];
 
 /// The two ends of the wire. The second is in a network namespace of its own.
-pub(super) struct Ends {
+struct Ends {
     near: String,
     far: String,
 }
@@ -54,14 +54,11 @@ pub(super) struct Ends {
 /// Runs what follows in the namespace of the far end.
 const THERE: &str = "nsenter -t $(cat /tmp/far.pid) -n";
 
-/// Fetches the far end's file once.
-pub(super) const FETCH: &str = "wget -q -O /dev/null http://192.0.2.2/file";
-
 /// MiB of the file that is fetched.
 const FILE: u32 = 8;
 
 /// Brings up both ends, whatever state they are in.
-pub(super) fn ends(session: &mut Session) -> Result<Ends> {
+fn ends(session: &mut Session) -> Result<Ends> {
     let near = session.interface(WIRED[0])?;
     if !session.sh("ls /tmp")?.contains("far.pid") {
         let far = session.interface(WIRED[1])?;
@@ -118,7 +115,7 @@ fn adapter(session: &mut Session) -> Result<String> {
 }
 
 /// Serves a file at each end and fetches it from the other.
-pub(super) fn fetch_both_ways(session: &mut Session) -> Result<()> {
+fn fetch_both_ways(session: &mut Session) -> Result<()> {
     session.sh(&format!(
         "mkdir -p /tmp/www && [ -e /tmp/www/file ] || \
          dd if=/dev/urandom of=/tmp/www/file bs=1M count={FILE} status=none; \
