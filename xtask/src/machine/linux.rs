@@ -54,15 +54,28 @@ impl Linux {
     }
 
     /// These modules and all that they depend on, unpacked, in the order in
-    /// which they must be loaded; each with its name.
+    /// which they must be loaded; each with its name. Those that the kernel has built in are
+    /// left out.
     pub fn modules(&self, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
         let mut files = Vec::new();
         collect(&self.modules.join("kernel"), &mut files)?;
+        let built_in = self.built_in();
         let mut order = Vec::new();
         for name in names {
-            self.add(name, &files, &mut BTreeSet::new(), &mut order)?;
+            // Distributions differ in what they build in.
+            if !built_in.contains(*name) {
+                self.add(name, &files, &mut BTreeSet::new(), &mut order)?;
+            }
         }
         Ok(order)
+    }
+
+    /// Names of the modules that are part of the kernel itself.
+    fn built_in(&self) -> BTreeSet<String> {
+        let list = fs::read_to_string(self.modules.join("modules.builtin"));
+        let list = list.unwrap_or_default();
+        let names = list.lines().map(Path::new).filter_map(module_name);
+        names.collect()
     }
 
     fn add(
@@ -204,6 +217,24 @@ mod tests {
     fn unknown_packing_is_said() {
         let error = decompress(b"plain").unwrap_err();
         assert!(error.to_string().contains("not known"));
+    }
+
+    #[test]
+    fn what_is_built_in_is_no_module() {
+        let directory = tempfile::tempdir().unwrap();
+        let list = directory.path().join("modules.builtin");
+        fs::write(
+            list,
+            "kernel/drivers/virtio/virtio_pci.ko\nkernel/fs/ext4/ext4.ko\n",
+        )
+        .unwrap();
+        fs::create_dir(directory.path().join("kernel")).unwrap();
+        let linux = Linux {
+            kernel: PathBuf::new(),
+            modules: directory.path().to_owned(),
+        };
+        assert!(linux.modules(&["virtio_pci", "ext4"]).unwrap().is_empty());
+        assert!(linux.modules(&["virtio_blk"]).is_err());
     }
 
     #[test]

@@ -27,10 +27,11 @@ use std::{
     path::{Path, PathBuf},
     sync::OnceLock,
     sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
 };
 
 use agent::protocol::CONTROL_FD;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use vmm::config::Config;
 
 #[cfg(not(target_os = "linux"))]
@@ -39,7 +40,7 @@ pub use self::elsewhere::process;
 use self::elsewhere::{files, local, nested, reach};
 use self::{config::Accelerator, link::Link, vm::Start};
 pub use self::{
-    config::{Boot, VmConfig, debug_exit_word},
+    config::{Boot, Virtio, VmConfig, debug_exit_word},
     cpio::Archive,
     files::Access,
     linux::Linux,
@@ -221,6 +222,37 @@ impl Machine {
             .with_context(|| format!("cannot hand over {name}"))
     }
 
+    /// The same for a program, which [`command`](Self::command) can run as `./NAME`.
+    pub fn put_program(&self, name: &str, content: &[u8]) -> Result<()> {
+        self.link
+            .put(name, content, true)
+            .with_context(|| format!("cannot hand over {name}"))
+    }
+
+    /// Runs a command on the system that runs the VMs, in the directory of what was
+    /// [`put`](Self::put); gives what it printed.
+    ///
+    /// # Errors
+    /// When it fails, or has not ended when `limit` has passed.
+    pub fn command(&self, words: &[&str], limit: Duration) -> Result<String> {
+        let program = words.iter().map(|&word| word.to_owned()).collect();
+        let id = self.link.start(program, Vec::new(), false)?;
+        let ended = self.link.watch(id, limit, |record| {
+            let status = record.exited?.status;
+            Some((status, record.console.clone(), record.complaints.clone()))
+        });
+        self.link.discard(id);
+        let line = words.join(" ");
+        let (status, said, complaints) =
+            ended?.with_context(|| format!("`{line}` did not end within {} s", limit.as_secs()))?;
+        ensure!(
+            status == Some(0),
+            "`{line}` failed: {}",
+            String::from_utf8_lossy(&complaints).trim()
+        );
+        Ok(String::from_utf8_lossy(&said).into_owned())
+    }
+
     /// The path by which a VM on the test machine finds a file of this computer, for its
     /// configuration or a command. Reads, writes and flushes are those of the file.
     ///
@@ -276,7 +308,8 @@ impl Machine {
                 name: "QEMU",
                 program,
                 arguments: config.arguments(accelerator),
-                first_thread_first: true,
+                // It is for the sake of QEMU's VMBus.
+                first_thread_first: config.virtio.is_none(),
                 hold: config.gdb.is_some(),
             },
         )

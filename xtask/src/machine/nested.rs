@@ -37,8 +37,8 @@ const FIRMWARE: [&str; 4] = [
     "linuxboot_dma.bin",
 ];
 
-/// What the small Linux needs to run guests.
-const MODULES: [&str; 1] = ["kvm_amd"];
+/// What the small Linux needs to run guests, and for networks between it and them.
+const MODULES: [&str; 2] = ["kvm_amd", "tun"];
 
 /// The small Linux's command line. What it says at boot costs time (each byte is
 /// emulated), and so does what it does for a computer's safety: this one lives
@@ -103,7 +103,8 @@ impl Image {
             Some(qemu) => ("initrd", stamp(qemu.program())?),
             None => ("small-initrd", Vec::new()),
         };
-        let parts = [&agent[..], &program, &package];
+        let modules = MODULES.join(" ");
+        let parts = [&agent[..], &program, &package, modules.as_bytes()];
         let initrd = kept(&directory, kind, &parts, || {
             let _step = progress::step("packing the test machine");
             pack(qemu, &linux, &agent)

@@ -45,6 +45,9 @@ const TOOLS: [&str; 7] = [
     "socat",
 ];
 
+/// Packages of what measures the Linux guest's disks and networks.
+const METERS: [&str; 2] = ["busybox-static", "fio"];
+
 /// Where packages are kept, and the one apt that fetches them.
 #[derive(Debug)]
 pub struct Packages {
@@ -176,14 +179,27 @@ impl Packages {
 
     /// The tools of the Linux guest, with their libraries.
     pub fn tools(&mut self) -> Result<Tree, Problem> {
-        self.set("tools", |apt, into| {
+        self.programs("tools", &TOOLS)
+    }
+
+    /// What measures the Linux guest's disks and networks, with its libraries.
+    pub fn meters(&mut self) -> Result<Tree, Problem> {
+        self.programs("meters", &METERS)
+    }
+
+    /// A set of packages for a guest, with their libraries.
+    fn programs(&mut self, name: &str, packages: &[&str]) -> Result<Tree, Problem> {
+        self.set(name, |apt, into| {
             // What else these packages want is for installing them.
-            let is_library = |name: &str| name.starts_with("lib") && !name.contains("perl");
+            let is_library = |name: &str| {
+                let language = ["perl", "python"].iter().any(|word| name.contains(word));
+                name.starts_with("lib") && !language
+            };
             let mut names = Vec::new();
-            for package in TOOLS {
+            for package in packages {
                 names.extend(apt.closure_names(package, None)?);
             }
-            names.retain(|name| TOOLS.contains(&name.as_str()) || is_library(name));
+            names.retain(|name| packages.contains(&name.as_str()) || is_library(name));
             names.sort();
             names.dedup();
             apt.download(&names, None, into)

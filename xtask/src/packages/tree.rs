@@ -10,8 +10,12 @@ use std::{
 /// that leads out of the tree.
 const LOADER: &str = "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
 
-/// Library directories of an unpacked tree.
-const LIBRARIES: [&str; 2] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
+/// Library directories of an unpacked tree. The last is that of Ceph's own, which fio comes with.
+const LIBRARIES: [&str; 3] = [
+    "lib/x86_64-linux-gnu",
+    "usr/lib/x86_64-linux-gnu",
+    "usr/lib/x86_64-linux-gnu/ceph",
+];
 
 /// Where a distribution keeps programs.
 const PROGRAMS: [&str; 4] = ["bin", "sbin", "usr/bin", "usr/sbin"];
@@ -63,12 +67,19 @@ impl Tree {
 
 /// The shared libraries that a program needs, by the word of the loader that starts it with
 /// these options. None for a program that is linked statically.
+///
+/// # Errors
+/// When the loader does not find one of them.
 pub fn libraries(loader: &Path, options: &[String], program: &Path) -> io::Result<Vec<PathBuf>> {
     let output = Command::new(loader)
         .args(options)
         .arg("--list")
         .arg(program)
         .output()?;
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    if complaint.contains("error while loading shared libraries") {
+        return Err(io::Error::other(complaint.trim().to_owned()));
+    }
     Ok(listed(&String::from_utf8_lossy(&output.stdout)))
 }
 

@@ -15,6 +15,29 @@ use crate::{
     progress,
 };
 
+/// What is in an initial RAM file system besides busybox, the loader and our first process.
+#[derive(Debug, Clone, Copy)]
+pub struct Contents {
+    /// What kind of archive it is, in the name of its file.
+    pub kind: &'static str,
+    /// Drivers, in the order in which they are loaded.
+    pub modules: &'static [&'static str],
+    /// Programs; their libraries come with them. Everything else is busybox.
+    pub programs: &'static [&'static str],
+    /// Other files of the packages.
+    pub files: &'static [&'static str],
+}
+
+impl Contents {
+    /// What Linux judges our host with.
+    pub const JUDGE: Self = Self {
+        kind: "initrd",
+        modules: &MODULES,
+        programs: &PROGRAMS,
+        files: &FILES,
+    };
+}
+
 /// Drivers, and what the tests use them with. The kernel has ext4 built in.
 const MODULES: [&str; 11] = [
     "hv_vmbus",
@@ -91,7 +114,13 @@ pub struct Image {
 impl Image {
     /// Makes the files from an unpacked kernel package, the tools and our first process, unless
     /// they are there for exactly these.
-    pub fn prepare(store: &Path, linux: &Path, tools: &Tree, agent: &Path) -> Result<Self> {
+    pub fn prepare(
+        store: &Path,
+        linux: &Path,
+        contents: &Contents,
+        tools: &Tree,
+        agent: &Path,
+    ) -> Result<Self> {
         let directory = store.join("referee");
         let agent = fs::read(agent).with_context(|| format!("cannot read {}", agent.display()))?;
         let package = stamp(linux)?;
@@ -100,7 +129,8 @@ impl Image {
             let _step = progress::step("unpacking the guest's kernel");
             linux.elf()
         })?;
-        let lists = [&PROGRAMS[..], &FILES, &MODULES].concat().join(" ");
+        let lists = [contents.programs, contents.files, contents.modules];
+        let lists = lists.concat().join(" ");
         let parts = [
             &agent[..],
             &package,
@@ -109,15 +139,15 @@ impl Image {
             SET_ADDRESSES.as_bytes(),
             POWER.as_bytes(),
         ];
-        let initrd = kept(&directory, "initrd", &parts, || {
+        let initrd = kept(&directory, contents.kind, &parts, || {
             let _step = progress::step("packing the guest's tools");
-            pack(&linux, tools, &agent)
+            pack(&linux, contents, tools, &agent)
         })?;
         Ok(Self { kernel, initrd })
     }
 }
 
-fn pack(linux: &Linux, tools: &Tree, agent: &[u8]) -> Result<Vec<u8>> {
+fn pack(linux: &Linux, contents: &Contents, tools: &Tree, agent: &[u8]) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for directory in [
         "bin",
@@ -159,7 +189,7 @@ fn pack(linux: &Linux, tools: &Tree, agent: &[u8]) -> Result<Vec<u8>> {
     add("bin/busybox", &program(tools, "busybox")?)?;
     add("lib64/ld-linux-x86-64.so.2", &tools.loader())?;
     let mut libraries = Vec::new();
-    for name in PROGRAMS {
+    for name in contents.programs {
         let file = program(tools, name)?;
         libraries.extend(
             tools
@@ -174,14 +204,14 @@ fn pack(linux: &Linux, tools: &Tree, agent: &[u8]) -> Result<Vec<u8>> {
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         add(&format!("lib/x86_64-linux-gnu/{name}"), &file)?;
     }
-    for name in FILES {
+    for name in contents.files {
         add(name, &tools.root().join(name))?;
     }
     archive.file(
         &format!("{SCRIPTS}/hv_set_ifconfig"),
         SET_ADDRESSES.as_bytes(),
     );
-    for (index, (name, module)) in linux.modules(&MODULES)?.iter().enumerate() {
+    for (index, (name, module)) in linux.modules(contents.modules)?.iter().enumerate() {
         archive.file(&format!("modules/{index:02}-{name}.ko"), module);
     }
     Ok(archive.finish())

@@ -6,5 +6,5 @@ mod image;
 
 pub use self::{
     guest::{Done, Guest, Status},
-    image::{CMDLINE, Image},
+    image::{CMDLINE, Contents, Image},
 };

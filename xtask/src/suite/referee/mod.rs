@@ -28,7 +28,7 @@ use crate::{
     machine::{self, Choice, Clock, Ending, Kind, Machine, Purpose},
     packages::Packages,
     progress,
-    referee::{CMDLINE, Guest, Image},
+    referee::{CMDLINE, Contents, Guest, Image},
     workspace::Workspace,
 };
 use files::Files;
@@ -92,6 +92,7 @@ pub fn run(
     let image = Image::prepare(
         &workspace.store(),
         &packages.linux()?,
+        &Contents::JUDGE,
         &packages.tools()?,
         &guest::build_agent(workspace)?,
     )?;
