@@ -26,12 +26,13 @@ pub(crate) enum Step<'a> {
 fn ask(kvp: &Handle<Kvp>, what: u8) {
     let pools = Pool::ALL;
     let pool = pools[usize::from(what) % pools.len()];
-    match what / 5 % 6 {
+    match what / 5 % 7 {
         0 => drop(kvp.get(pool, "key")),
         1 => drop(kvp.set(pool, "key", &Value::U64(7))),
         2 => drop(kvp.delete(pool, "key")),
         3 => drop(kvp.list(pool)),
         4 => drop(kvp.ip_information("{adapter}")),
+        5 => drop(kvp.find(pool, "key")),
         _ => drop(kvp.set_ip_information(&IpInformation::default())),
     }
 }

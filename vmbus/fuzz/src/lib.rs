@@ -10,14 +10,17 @@
 
 mod balloon;
 mod bus;
+mod frames;
 mod guest;
 mod host;
 mod hvsocket;
 mod ic;
 mod kmcl;
 mod kvp;
+mod netvsp;
 mod protocol;
 mod ring;
+mod rndis;
 pub mod seeds;
 mod storvsp;
 mod vhdx;
@@ -29,8 +32,10 @@ pub use hvsocket::host_hvsocket;
 pub use ic::{host_ic, ic};
 pub use kmcl::kmcl_channel;
 pub use kvp::host_kvp;
+pub use netvsp::netvsp;
 pub use protocol::protocol;
 pub use ring::{ring_reader, ring_writer};
+pub use rndis::rndis;
 pub use storvsp::storvsp;
 pub use vhdx::vhdx;
 
@@ -40,7 +45,7 @@ use serde::{Deserialize, Serialize};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target, by name.
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 17] = [
     ("balloon", balloon),
     ("bus_messages", bus_messages),
     ("host_hvsocket", host_hvsocket),
@@ -51,9 +56,11 @@ pub const TARGETS: [Target; 15] = [
     ("host_server", host_server),
     ("ic", ic),
     ("kmcl_channel", kmcl_channel),
+    ("netvsp", netvsp),
     ("protocol", protocol),
     ("ring_reader", ring_reader),
     ("ring_writer", ring_writer),
+    ("rndis", rndis),
     ("storvsp", storvsp),
     ("vhdx", vhdx),
 ];

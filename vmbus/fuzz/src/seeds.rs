@@ -11,7 +11,7 @@ use vmbus_host::integration::{
 use crate::balloon::message;
 use crate::host::{PROFILES, ProviderStep, RingStep, ServerStep, server};
 use crate::ring::{Packet, Ranges};
-use crate::{balloon, bus, ic, input, kmcl, ring, storvsp, vhdx};
+use crate::{balloon, bus, ic, input, kmcl, netvsp, ring, rndis, storvsp, vhdx};
 
 /// An input of the corpus.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -68,6 +68,8 @@ pub fn seeds() -> Vec<Seed> {
     seeds.extend(key_values());
     seeds.extend(sockets());
     seeds.extend(storage());
+    seeds.extend(network());
+    seeds.extend(frames());
     seeds.extend(disks());
     seeds
 }
@@ -448,6 +450,164 @@ fn storage() -> Vec<Seed> {
     ]
 }
 
+/// What a driver does with a card: frames both ways with offloads, sub-channels, changes of link and MTU; then what none
+/// should do.
+fn network() -> Vec<Seed> {
+    use netvsp::{Frame, How, Step};
+    let frame = |sort, data, tasks| Frame {
+        sort,
+        data,
+        spice: 3,
+        count: 0,
+        tasks,
+    };
+    let (section, pages) = (How::Section(1), How::Pages(100));
+    let plain = frame(2, 200, [None; 3]);
+    let large = frame(1, 20_000, [Some(0b10101), Some(1400), None]);
+    let traffic = [
+        Step::SetUp(0, 1514, 24),
+        Step::Frame(0, section, plain),
+        Step::Frame(0, pages, frame(1, 900, [Some(0b10101), None, None])),
+        Step::Frame(0, How::Mixed(2, 60), large),
+        Step::Frame(0, section, frame(3, 900, [Some(0b110), None, Some(0x55)])),
+        Step::Inbound(1, 1400, 1, 0, 40),
+        Step::Inbound(5, 100, 1, 2, 3),
+        Step::Control(4, 31, &[]),
+        // NDIS's parameters of offloads: everything on.
+        Step::Control(
+            5,
+            41,
+            &[
+                0x80, 2, 24, 0, 4, 4, 4, 4, 4, 0, 0, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+            ],
+        ),
+        Step::Inbound(1, 1000, 7, 0, 2),
+        Step::Link(false),
+        Step::Frame(0, section, plain),
+        Step::Link(true),
+        Step::Mtu(9000),
+        Step::Revoke(false),
+        Step::Revoke(true),
+        Step::Close(0),
+        Step::Open(0),
+        Step::SetUp(4, 1514, 24),
+        Step::Frame(0, section, plain),
+    ];
+    let channels = [
+        Step::SetUp(0, 2600, 24),
+        Step::Say(133, [1, 2]),
+        Step::Open(1),
+        Step::Open(2),
+        Step::Frame(1, section, plain),
+        Step::Frame(2, pages, large),
+        Step::Inbound(3, 2400, 3, 0, 20),
+        Step::Close(2),
+        Step::Open(2),
+        Step::Close(0),
+        Step::Open(0),
+    ];
+    let late = [
+        Step::SetUp(2, 1514, 20),
+        Step::Hold(true),
+        Step::Inbound(1, 300, 1, 0, 40),
+        Step::Complete(0),
+        Step::CompleteFalsely(0, 1 << 40),
+        Step::Stall(0, true),
+        Step::Network(1),
+        Step::Frame(0, pages, large),
+        Step::Frame(0, pages, plain),
+        Step::Inbound(0, 300, 1, 0, 63),
+        Step::Advance(2_000_000),
+        Step::Network(4),
+        Step::Frame(0, pages, large),
+        Step::Network(2),
+        Step::Stall(0, false),
+        Step::Revoke(false),
+        Step::LendReceive(17),
+        Step::TakeBack(true),
+        Step::TakeBack(false),
+    ];
+    let wrong = [
+        Step::Say(107, [0, 0]),
+        Step::Close(0),
+        Step::Open(0),
+        Step::SetUp(5, 0, 10),
+        Step::Message(0, false, &[100, 0, 0, 0, 6, 0, 0, 0, 1, 0, 0, 0]),
+        Step::Close(0),
+        Step::Open(0),
+        Step::SetUp(1, 1514, 20),
+        Step::Rndis(0, How::Lie(77, 40), 0, &[1; 60]),
+        Step::Rndis(0, How::Foreign(1 << 40), 0, &[1; 60]),
+        Step::Rndis(0, pages, 1, &[3, 0, 0, 0, 8, 0, 0, 0]),
+        Step::Frame(0, section, plain),
+        Step::Message(0, true, &[129, 0, 0, 0, 1, 0, 0, 0]),
+    ];
+    vec![
+        seed("netvsp", "traffic", input(&traffic)),
+        seed("netvsp", "channels", input(&channels)),
+        seed("netvsp", "late", input(&late)),
+        seed("netvsp", "wrong", input(&wrong)),
+    ]
+}
+
+/// Messages, objects, and each sort of frame with each thing that is done with frames.
+fn frames() -> Vec<Seed> {
+    use rndis::{Made, Step};
+    let mut done = vec![
+        Step::Deliver([Some(8), Some(0x55), Some(7)], &[1; 60]),
+        Step::Deliver([None; 3], &[]),
+    ];
+    for sort in 0..crate::frames::SORTS {
+        let made = Made(sort, 3000, 2, 200, b"changed");
+        done.extend([
+            Step::Arrive(sort, 100, 4),
+            Step::Checksums(made, 0b11101),
+            Step::Segment(made, 1000),
+            Step::Whole(made),
+            Step::Tag(made, 0xA5A5),
+        ]);
+    }
+    // Receive side scaling: the object, four entries of the table, the key; then the same table without a key.
+    let mut scaling = vec![0x89, 3, 44, 0, 0, 0, 0, 0, 1, 0x17, 0, 0, 16, 0, 0, 0];
+    scaling.extend([44, 0, 0, 0, 40, 0, 0, 0, 60, 0, 0, 0]);
+    scaling.resize(44, 0);
+    for queue in [0, 1, 2, 1u32] {
+        scaling.extend(queue.to_le_bytes());
+    }
+    scaling.extend([0x6D; 40]);
+    let mut again = scaling.clone();
+    again[4] = 8;
+    let address: Vec<u8> = [20u32, 28, 2, 48, 24]
+        .iter()
+        .flat_map(|field| field.to_le_bytes())
+        .chain(
+            "NetworkAddress0200000000AB"
+                .encode_utf16()
+                .flat_map(u16::to_le_bytes),
+        )
+        .collect();
+    let mut objects = vec![
+        Step::Channels(3),
+        Step::Set(23, &scaling),
+        Step::Set(23, &again),
+        Step::Set(25, &address),
+        Step::Set(13, &[0x0B, 0, 0, 0]),
+        Step::Set(34, &[1, 0, 0x5E, 0, 0, 1]),
+        Step::Arrive(1, 100, 4),
+        Step::Arrive(3, 100, 3),
+    ];
+    objects.extend((0..43).map(|object| Step::Query(object, &[])));
+    let query = [4, 0, 0, 0, 28, 0, 0, 0, 1, 0, 0, 0, 7, 1, 1, 0];
+    let query = [&query[..], &[0; 12]].concat();
+    objects.push(Step::Messages(&query));
+    objects.push(Step::Nvsp(&[133, 0, 0, 0, 1, 0, 0, 0, 4, 0, 0, 0]));
+    let chosen = |steps: &[Step<'_>]| [vec![0], input(steps)].concat();
+    vec![
+        seed("rndis", "frames", chosen(&done)),
+        seed("rndis", "objects", chosen(&objects)),
+    ]
+}
+
 /// Each operation in each version, answered.
 fn key_values() -> Vec<Seed> {
     use crate::kvp::Step;
@@ -459,7 +619,7 @@ fn key_values() -> Vec<Seed> {
     (0..3u8)
         .map(|version| {
             let mut steps = vec![Step::Open(true), Step::Agree(version)];
-            for what in [0, 6, 12, 18, 21, 26] {
+            for what in [0, 6, 12, 18, 21, 26, 31] {
                 steps.push(Step::Ask(what));
                 steps.push(Step::Answer(0, 8, &entry));
             }

@@ -38,7 +38,7 @@ macro_rules! replayed {
 }
 
 replayed! {
-    balloon bus_messages host_hvsocket host_ic host_kvp host_providers host_ring host_server ic kmcl_channel protocol ring_reader ring_writer storvsp vhdx
+    balloon bus_messages host_hvsocket host_ic host_kvp host_providers host_ring host_server ic kmcl_channel netvsp protocol ring_reader ring_writer rndis storvsp vhdx
 }
 
 #[test]

@@ -299,6 +299,31 @@ fn a_pool_is_listed_from_its_first_entry_to_its_last() {
 }
 
 #[test]
+fn a_key_is_found_by_going_through_its_pool_also_where_a_get_is_answered_wrongly() {
+    let setup = Setup::new();
+    for number in 10..15 {
+        let value = text(&format!("value {number}"));
+        setup.set(Pool::Guest, &format!("key {number}"), &value);
+    }
+    setup.guest.seen.lock().unwrap().clear();
+    let find = |key| setup.now(setup.kvp.find(Pool::Guest, key));
+    assert_eq!(find("key 12"), Ok(text("value 12")));
+    let seen = std::mem::take(&mut *setup.guest.seen.lock().unwrap());
+    assert_eq!(seen, [(ENUMERATE, 1, 2580); 3], "no further than the key");
+    let missing = Err(RequestError::Guest(GuestStatus::NOT_FOUND));
+    assert_eq!(find("key 1"), missing, "not the beginning of one");
+    assert_eq!(
+        setup.now(setup.kvp.find(Pool::External, "key 12")),
+        missing,
+        "not in another pool"
+    );
+    setup.assert_no_complaints();
+    let refused = Err(RequestError::Guest(GuestStatus::MACHINE_LOCKED));
+    setup.instead(|_| Answer::Now(Status(GuestStatus::MACHINE_LOCKED.0)));
+    assert_eq!(setup.now(setup.kvp.find(Pool::Guest, "key 12")), refused);
+}
+
+#[test]
 fn a_deleted_key_is_gone_and_the_guests_error_code_is_passed_on() {
     let setup = Setup::new();
     setup.set(Pool::External, "key", &text("value"));
@@ -513,10 +538,10 @@ fn a_list_that_never_ends_is_given_up() {
         Guest::fill(body, 8, &key, &value);
         Answer::Now(Status::OK)
     });
-    assert_eq!(
-        setup.now(setup.kvp.list(Pool::Guest)),
-        Err(RequestError::Malformed("a list that does not end"))
-    );
+    let endless = RequestError::Malformed("a list that does not end");
+    assert_eq!(setup.now(setup.kvp.list(Pool::Guest)), Err(endless.clone()));
+    let found = setup.now(setup.kvp.find(Pool::Guest, "other"));
+    assert_eq!(found, Err(endless));
 }
 
 #[test]

@@ -144,6 +144,8 @@ fn kvp_from_guest(session: &mut Session) -> Result<String> {
         items["items"] == json!([{ "key": "answer", "value": "42" }]),
         "the host lists {items}"
     );
+    let item = session.ctl("kvp-get", json!({ "pool": "guest", "key": "answer" }))?;
+    ensure!(item["value"] == "42", "the host gets {item}");
     let auto = session.ctl("kvp-list", json!({ "pool": "auto" }))?;
     let value = |key: &str| {
         auto["items"]

@@ -68,7 +68,7 @@ impl Devices {
     /// Gets a value of the guest's.
     pub fn value(&self, KvpKey { pool, key }: KvpKey, answer: Answer) {
         self.ask_kvp(answer, |kvp, answer| {
-            let reply = kvp.handle.get(kvp::pool(pool), &key);
+            let reply = kvp.handle.find(kvp::pool(pool), &key);
             later("kvp", reply, answer, |value| control::KvpItem {
                 key,
                 value: kvp::shown(value),

@@ -63,6 +63,14 @@ enum Job {
         entries: Vec<Entry>,
         promise: Asked<Vec<Entry>>,
     },
+    /// Goes through a pool, up to this key.
+    Find {
+        pool: Pool,
+        key: String,
+        /// The entry that is asked for.
+        index: usize,
+        promise: Asked<Value>,
+    },
     GetIp(Message, Asked<IpInformation>),
 }
 
@@ -134,6 +142,7 @@ impl Kvp {
             Job::Get(_, promise) => outcomes.add(promise, Err(error)),
             Job::Do(_, promise) => outcomes.add(promise, Err(error)),
             Job::List { promise, .. } => outcomes.add(promise, Err(error)),
+            Job::Find { promise, .. } => outcomes.add(promise, Err(error)),
             Job::GetIp(_, promise) => outcomes.add(promise, Err(error)),
         }
     }
@@ -167,10 +176,54 @@ impl Kvp {
         };
         self.outcomes.add(promise, outcome);
     }
+
+    /// One more entry of a pool that is searched.
+    fn looked_at(
+        &mut self,
+        (pool, key, index): (Pool, String, usize),
+        promise: Asked<Value>,
+        status: GuestStatus,
+        answer: &[u8],
+    ) {
+        let outcome = match status {
+            GuestStatus::NO_MORE_ITEMS => Err(RequestError::Guest(GuestStatus::NOT_FOUND)),
+            GuestStatus::OK if index >= ENTRIES => {
+                Err(RequestError::Malformed("a list that does not end"))
+            }
+            GuestStatus::OK => match entry_body(answer, ENTRY_OF_LIST).and_then(EntryBody::read) {
+                Ok(entry) if entry.key == key => Ok(entry.value),
+                Ok(_) => {
+                    return self.requests.again(Job::Find {
+                        pool,
+                        key,
+                        index: index + 1,
+                        promise,
+                    });
+                }
+                Err(error) => Err(error),
+            },
+            status => Err(RequestError::Guest(status)),
+        };
+        self.outcomes.add(promise, outcome);
+    }
 }
 
 impl Handle<Kvp> {
-    /// The value of a key.
+    /// The value of a key, as Hyper-V finds it: by going through the pool. That works with every guest; what Linux answers to
+    /// [`get`](Self::get) does not.
+    pub fn find(&self, pool: Pool, key: &str) -> Reply<Result<Value, RequestError>> {
+        self.ask(|kvp| {
+            kvp.ask(Ok(Vec::new()), |_, promise| Job::Find {
+                pool,
+                key: key.into(),
+                index: 0,
+                promise,
+            })
+        })
+    }
+
+    /// The value of a key, by a request of its own. Linux's answer lacks the first four bytes of the value: its driver takes the
+    /// daemon's answer for one to an enumeration, whose value lies behind an index.
     pub fn get(&self, pool: Pool, key: &str) -> Reply<Result<Value, RequestError>> {
         let body = EntryBody::key(key).map(|body| request(GET, pool, body.as_bytes()));
         self.ask(|kvp| kvp.ask(body, Job::Get))
@@ -237,6 +290,15 @@ fn request(operation: u8, pool: Pool, body: &[u8]) -> Message {
     message
 }
 
+/// Asks for an entry of a pool.
+fn entry_at(pool: Pool, index: usize) -> Message {
+    // Pools that do not end are given up long before.
+    let index = U32::new(u32::try_from(index).unwrap_or(u32::MAX));
+    let mut body = Vec::from(index.as_bytes());
+    body.extend_from_slice(EntryBody::new_zeroed().as_bytes());
+    request(ENUMERATE, pool, &body)
+}
+
 /// Where the entry begins in the answer to a get, and to an enumerate.
 const ENTRY_OF_GET: usize = 4;
 const ENTRY_OF_LIST: usize = 8;
@@ -265,12 +327,8 @@ impl Component for Kvp {
     fn request(&mut self, _now: u64) -> Option<Vec<u8>> {
         Some(match self.requests.next()? {
             Job::Get(message, _) | Job::Do(message, _) | Job::GetIp(message, _) => message.clone(),
-            Job::List { pool, entries, .. } => {
-                let index = U32::new(entries.len() as u32);
-                let mut body = Vec::from(index.as_bytes());
-                body.extend_from_slice(EntryBody::new_zeroed().as_bytes());
-                request(ENUMERATE, *pool, &body)
-            }
+            Job::List { pool, entries, .. } => entry_at(*pool, entries.len()),
+            Job::Find { pool, index, .. } => entry_at(*pool, *index),
         })
     }
 
@@ -300,6 +358,12 @@ impl Component for Kvp {
                 entries,
                 promise,
             }) => self.listed(pool, entries, promise, status, answer),
+            Some(Job::Find {
+                pool,
+                key,
+                index,
+                promise,
+            }) => self.looked_at((pool, key, index), promise, status, answer),
             Some(Job::GetIp(_, promise)) => {
                 let info = done.and_then(|()| self.read_ip(answer));
                 self.outcomes.add(promise, info);
