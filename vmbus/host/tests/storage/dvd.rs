@@ -110,7 +110,7 @@ fn linux_finds_the_capabilities_where_it_looks() {
 }
 
 #[test]
-fn configuration_profile_toc_and_disc_information_describe_a_dvd() {
+fn configuration_profile_toc_disc_and_track_information_describe_a_dvd() {
     let guest = drive(Some(disc(1)));
     let cdb = [0x46, 0, 0, 0, 0, 0, 0, 0, 8, 0];
     let header = guest.command(&cdb, Data::In(8)).good();
@@ -135,6 +135,13 @@ fn configuration_profile_toc_and_disc_information_describe_a_dvd() {
     let cdb = [0x51, 0, 0, 0, 0, 0, 0, 0, 34, 0];
     let information = guest.command(&cdb, Data::In(34)).good();
     assert_eq!((information.len(), information[2]), (34, 0x0E));
+    // As Linux asks: the track's length first, then all of it.
+    for allocation in [8, 36] {
+        let cdb = [0x52, 1, 0, 0, 0, 1, 0, 0, allocation, 0];
+        let track = guest.command(&cdb, Data::In(allocation.into())).good();
+        assert_eq!(track.len(), allocation.into());
+        assert_eq!(track[..8], [0, 34, 1, 1, 0, 4, 1, 0]);
+    }
     let cdb = [0xBD, 0, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0];
     assert_eq!(guest.command(&cdb, Data::In(8)).good(), [0; 8]);
 }
@@ -149,6 +156,7 @@ fn without_a_disc_the_drive_is_not_ready() {
         &ten(0x35, 0, 0),
         &[0x43, 0, 0, 0, 0, 0, 0, 0, 64, 0],
         &[0x51, 0, 0, 0, 0, 0, 0, 0, 34, 0],
+        &[0x52, 1, 0, 0, 0, 1, 0, 0, 36, 0],
     ] {
         let end = guest.command(cdb, Data::In(2048));
         assert_eq!(end.check(), NO_MEDIUM, "{cdb:x?}");
@@ -160,7 +168,7 @@ fn without_a_disc_the_drive_is_not_ready() {
     let cdb = [0x46, 0, 0, 0, 0, 0, 0, 0, 8, 0];
     assert_eq!(guest.command(&cdb, Data::In(8)).good()[6..], [0, 0]);
     assert_eq!(event(&guest), (0, 0));
-    assert_eq!(guest.controller.counts().units[0].1.not_ready, 6);
+    assert_eq!(guest.controller.counts().units[0].1.not_ready, 7);
 }
 
 #[test]

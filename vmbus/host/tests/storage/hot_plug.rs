@@ -136,6 +136,30 @@ fn commands_under_way_end_with_their_unit() {
 }
 
 #[test]
+fn the_file_of_a_unit_that_went_is_free_once_its_commands_have_ended() {
+    use vmbus_host::disk::{Options, open};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.img");
+    std::fs::write(&path, [0; 1 << 16]).unwrap();
+    let again = || open(&path, Options::default());
+    let held = Held::default();
+    let guest = Guest::silent(Limits::default(), Arc::new(held.clone())).ready(0x0602);
+    let disk = again().unwrap();
+    guest.controller.add_lun(0, Lun::Disk(disk)).unwrap();
+    guest.command(&TEST_UNIT_READY, Data::None).check();
+    let data = pattern(4096, 1);
+    let mut write = guest.start(0, 0, &ten(0x2A, 0, 8), Data::Out(&data));
+    guest.vm.machine.settle();
+    let going = guest.controller.remove_lun(0).unwrap();
+    assert!(again().is_err(), "a command still has it");
+    held.run_all();
+    assert!(going.is_over(None));
+    guest.vm.machine.settle();
+    assert_eq!(guest.poll(&mut write).unwrap().srb_status, 0x20);
+    again().unwrap();
+}
+
+#[test]
 fn numbers_are_checked() {
     let guest = empty(0x0602);
     let controller = &guest.controller;

@@ -28,12 +28,6 @@ const TROUBLE: [&str; 6] = [
 
 /// Warnings that a sound host gives cause for, with the reason.
 const ALLOWED: &[(&str, &str)] = &[
-    // READ TRACK INFORMATION: the CD-ROM driver asks every drive for it, and a drive for
-    // DVD-ROMs need not know it. hv_storvsc prints each command that a device refuses.
-    (
-        "cmd 0x52 status: scsi 0x2 srb 0x84",
-        "refused by a DVD-ROM drive",
-    ),
     // Hot added disks say so once, as every disk does.
     ("Power-on or device reset occurred", "a new disk"),
     // The tests of read-only disks write to them.

@@ -112,6 +112,13 @@ pub enum Command {
     },
     /// What a disc is.
     ReadDiscInformation { kind: u8, allocation: u16 },
+    /// What a track is: the one with this block (`by` 0), this number (1) or of this session (2).
+    ReadTrackInformation {
+        open: bool,
+        by: u8,
+        number: u32,
+        allocation: u16,
+    },
     /// What the mechanism of a drive is doing.
     MechanismStatus { allocation: u16 },
     /// No command that is known here: its operation code.
@@ -261,6 +268,12 @@ impl Cdb {
             },
             0x51 => Command::ReadDiscInformation {
                 kind: bytes[1] & 7,
+                allocation: word,
+            },
+            0x52 => Command::ReadTrackInformation {
+                open: bit(1, 2),
+                by: bytes[1] & 3,
+                number: number!(self, u32, 2, 3, 4, 5),
                 allocation: word,
             },
             0xA0 => Command::ReportLuns {

@@ -190,6 +190,31 @@ pub fn information(kind: u8) -> Result<Vec<u8>, Sense> {
     Ok(answer)
 }
 
+/// READ TRACK INFORMATION (MMC-5 6.27): the one track, of a disc that nobody can write to. No track is open. `by` says what
+/// `number` is: a block, a track or a session.
+pub fn track_information(sectors: u64, open: bool, by: u8, number: u32) -> Result<Vec<u8>, Sense> {
+    if open {
+        return Err(Sense::invalid_cdb(1));
+    }
+    let there = match by {
+        0 => u64::from(number) < sectors,
+        1 | 2 => number == 1,
+        _ => return Err(Sense::invalid_cdb(1)),
+    };
+    if !there {
+        return Err(Sense::invalid_cdb(2));
+    }
+    let mut answer = alloc::vec![0; 36];
+    answer[1] = 34;
+    // Track and session.
+    answer[2..4].fill(1);
+    // A track of data, uninterrupted, in mode 1; neither blank nor reserved, and nothing can be written next.
+    (answer[5], answer[6]) = (4, 1);
+    let sectors = u32::try_from(sectors).unwrap_or(u32::MAX);
+    answer[24..28].copy_from_slice(&sectors.to_be_bytes());
+    Ok(answer)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -263,6 +288,27 @@ mod tests {
         assert_eq!(toc_of(false, 1, 0).unwrap().len(), 12);
         assert_eq!(toc_of(false, 2, 0), Err(Sense::invalid_cdb(2)));
         assert_eq!(toc_of(false, 0, 2), Err(Sense::invalid_cdb(6)));
+    }
+
+    #[test]
+    fn the_track_is_found_by_block_by_number_and_by_session() {
+        for (by, number) in [(0, 0), (0, 0x0102_0303), (1, 1), (2, 1)] {
+            let answer = track_information(0x0102_0304, false, by, number).unwrap();
+            assert_eq!(answer.len(), 36);
+            assert_eq!(answer[..8], [0, 34, 1, 1, 0, 4, 1, 0], "{by} {number}");
+            assert_eq!(answer[8..12], [0; 4], "where it begins");
+            assert_eq!(answer[24..28], [1, 2, 3, 4], "its size");
+        }
+        let refused = |open, by, number| track_information(100, open, by, number);
+        for (by, number) in [(0, 100), (1, 0), (1, 2), (1, 0xFF), (2, 0)] {
+            assert_eq!(refused(false, by, number), Err(Sense::invalid_cdb(2)));
+        }
+        assert_eq!(refused(false, 3, 1), Err(Sense::invalid_cdb(1)));
+        assert_eq!(
+            refused(true, 1, 1),
+            Err(Sense::invalid_cdb(1)),
+            "none is open"
+        );
     }
 
     #[test]

@@ -126,6 +126,16 @@ impl LogicalUnit {
                 let answer = disc::information(kind)?;
                 Ok(Do::Answer(answer, allocation.into()))
             }
+            Command::ReadTrackInformation {
+                open,
+                by,
+                number,
+                allocation,
+            } => {
+                let sectors = state.ready()?.geometry().sectors;
+                let answer = disc::track_information(sectors, open, by, number)?;
+                Ok(Do::Answer(answer, allocation.into()))
+            }
             Command::GetConfiguration {
                 which,
                 from,
