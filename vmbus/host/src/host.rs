@@ -539,6 +539,13 @@ impl Host {
     }
 }
 
+impl Drop for Host {
+    /// What was asked for and not done may hold providers, and they hold links to the list that it is in.
+    fn drop(&mut self) {
+        drop(self.wishes.take());
+    }
+}
+
 impl fmt::Debug for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Host")

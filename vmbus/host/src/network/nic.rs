@@ -204,8 +204,11 @@ impl Nic {
         self.settings.lock().connected && self.backend.is_up()
     }
 
-    /// Changes the longest payload of a frame in bytes. The guest is told that the network has changed; what it negotiated counts
-    /// until it negotiates again, as far as it is not longer.
+    /// Changes the longest payload of a frame in bytes.
+    ///
+    /// A running guest does not take it at once: what it negotiated counts until it negotiates again, as far as it is not longer.
+    /// It is told that the network has changed, and finds the new value in OID_GEN_MAXIMUM_FRAME_SIZE. Linux asks for that only
+    /// when it sets the card up: at its start, and when its user changes the MTU or the channels.
     ///
     /// # Errors
     ///

@@ -1,12 +1,58 @@
 //! The whole way, connect to unload, on each kind of host.
 
+use std::num::NonZeroU16;
+use std::sync::Arc;
+
 use vmbus::ConnectionState;
 use vmbus::drivers::balloon::Balloon;
-use vmbus::protocol::Version;
-use vmbus_host::bus::Profile;
+use vmbus::protocol::{Guid, Version, interface};
+use vmbus_host::bus::{Device, Profile};
+use vmbus_host::channel::HostChannel;
+use vmbus_host::host::Host;
+use vmbus_host::memory::GuestMemory;
+use vmbus_host::provider::{Link, Provider};
 
 use crate::balloon::{MIB, Ram, offer};
 use crate::support::{SECOND, Vm};
+
+/// Asks for a sub-channel as soon as it can.
+struct Asking {
+    link: Option<Link>,
+    _token: Arc<()>,
+}
+
+impl Provider for Asking {
+    fn attached(&mut self, link: Link) {
+        let token = self._token.clone();
+        let inner = Self {
+            link: Some(link.clone()),
+            _token: token,
+        };
+        link.add_sub_channel(NonZeroU16::MIN, Box::new(inner));
+        self.link = Some(link);
+    }
+
+    fn serve(&mut self, _now: u64, _channel: &mut HostChannel) {}
+}
+
+#[test]
+fn nothing_is_left_of_a_host_that_ends_before_it_has_done_what_providers_asked_for() {
+    let mut host = Host::new(Profile::hyper_v(), GuestMemory::default());
+    let token = Arc::new(());
+    let provider = Asking {
+        link: None,
+        _token: token.clone(),
+    };
+    let device = Device::new(interface::NETWORK, Guid([1; 16]));
+    host.add(device, provider).unwrap();
+    assert_eq!(
+        Arc::strong_count(&token),
+        3,
+        "the device, and what it asks for"
+    );
+    drop(host);
+    assert_eq!(Arc::strong_count(&token), 1);
+}
 
 fn whole_way(profile: Profile) {
     let name = profile.name;

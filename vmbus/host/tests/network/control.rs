@@ -214,6 +214,29 @@ fn a_new_mtu_is_announced_and_counts_for_the_next_negotiation() {
 }
 
 #[test]
+fn a_guest_that_listens_late_hears_of_the_last_change_of_the_link() {
+    let (guest, _peer) = Guest::ready();
+    guest.keep_control(true);
+    // More changes than there are pieces and places.
+    for number in 1..=601 {
+        guest.nic.set_link(number % 2 == 0);
+        guest.vm.machine.settle();
+    }
+    assert_eq!(guest.nic.failure(), None);
+    guest.keep_control(false);
+    guest.complete_kept(usize::MAX);
+    let told: Vec<_> = std::iter::from_fn(|| guest.message())
+        .map(|message| word(&message, 8))
+        .collect();
+    assert!(told.len() < 400, "not every one");
+    assert_eq!(told.last(), Some(&0x4001_000C), "disconnected");
+    guest.nic.set_link(true);
+    let message = guest.message().map(|message| word(&message, 8));
+    assert_eq!(message, Some(0x4001_000B), "connected");
+    guest.assert_fine();
+}
+
+#[test]
 fn keepalive_and_reset_are_answered_and_nonsense_is_not() {
     let (mut guest, _peer) = Guest::ready();
     let answer = guest.control(rndis_control(8, &[77], &[])).unwrap();

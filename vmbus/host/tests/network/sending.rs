@@ -303,6 +303,52 @@ fn a_network_without_room_holds_the_guest_back_and_loses_what_waits_too_long() {
 }
 
 #[test]
+fn what_one_packet_becomes_is_bounded() {
+    let (guest, peer) = Guest::ready();
+    let small = frame_to(PEER, MAC, &[0; 50]);
+    while guest.nic.counters().sent_frames < 1024 {
+        assert_eq!(guest.send(How::Section(0), &small, &[]), Some(1));
+    }
+    // Headers of IPv6 before the TCP header that are as long as a frame can be, and as little data in each as there can be.
+    let plain = tcp(&[7; 56 << 10], true);
+    let (ethernet, tcp) = (&plain[..54], &plain[54..]);
+    let mut frame = ethernet.to_vec();
+    frame[20] = 0;
+    frame.extend([6, 160]);
+    frame.extend([0; 8 * 161 - 2]);
+    frame.extend(tcp);
+    let message = rndis_packet(&frame, &[(2, 1 << 30 | 28)]);
+    let bytes = message.len();
+    // The answer waits behind the frames.
+    let pages = guest.pages(bytes.div_ceil(4096));
+    pages.write(0, &message).unwrap();
+    let mut external = ExternalData::new();
+    external.push(pages, 0..bytes).unwrap();
+    let mut said = words(&[107, 0, u32::MAX, 0]);
+    said.resize(40, 0);
+    let asked = guest
+        .channel()
+        .request(&said, external, vmbus::kmcl::Timeout::Never);
+    guest.vm.machine.settle();
+    let dropped = guest.nic.counters().sent_dropped;
+    assert!(dropped > 0, "there is no room for all");
+    let mut frames = 0;
+    let mut kept = 0;
+    while let Some(frame) = peer.receive() {
+        frames += 1;
+        kept += frame.len();
+        guest.vm.machine.settle();
+    }
+    assert_eq!(guest.nic.counters().sent_dropped, dropped);
+    assert!(
+        frames > 1024 && kept <= (2 << 20) + 1024 * 64,
+        "{kept} bytes"
+    );
+    guest.vm.vmbus.client().block_on(asked).unwrap().unwrap();
+    guest.assert_fine();
+}
+
+#[test]
 fn frames_of_a_card_without_a_cable_are_lost_and_counted() {
     let (guest, peer) = Guest::ready();
     guest.nic.set_link(false);

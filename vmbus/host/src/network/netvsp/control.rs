@@ -127,9 +127,9 @@ impl Session {
         changed
     }
 
-    /// Tells the guest what has changed outside.
+    /// Tells the guest what has changed outside. One that is behind hears of the last state when it is not any more.
     pub(super) fn announce(&mut self, nic: &Nic, path: &mut Path) -> Result<(), Fault> {
-        let Some(last) = self.announced else {
+        let Some(last) = self.announced.filter(|_| !path.is_behind()) else {
             return Ok(());
         };
         let now = Announced::now(nic);

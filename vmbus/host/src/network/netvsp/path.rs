@@ -16,6 +16,10 @@ use crate::network::rndis;
 /// Bytes of frames that wait for the network; beyond them the guest's packets stay in the ring.
 const OUTBOX: usize = 1 << 20;
 
+/// Bytes of frames that wait for the network in any case: one packet may make many frames of one, and those beyond this are
+/// lost.
+const OUTBOX_LIMIT: usize = 2 * OUTBOX;
+
 /// Packets of the guest whose answers wait; beyond them likewise.
 const ANSWERS: usize = 1024;
 
@@ -105,6 +109,22 @@ impl Path {
     /// Whether there is room for what comes of another packet of the guest.
     pub(super) fn has_room(&self) -> bool {
         self.outbox_bytes < OUTBOX && self.outbox.len() + self.answers.len() < ANSWERS
+    }
+
+    /// Has a frame wait for room in the network. Returns whether there is room for it here.
+    pub(super) fn keep(&mut self, frame: &[u8]) -> bool {
+        let bytes = self.outbox_bytes.saturating_add(frame.len());
+        let fits = bytes <= OUTBOX_LIMIT;
+        if fits {
+            self.outbox_bytes = bytes;
+            self.outbox.push_back(Out::Frame(frame.to_vec()));
+        }
+        fits
+    }
+
+    /// Whether the guest is behind with its control messages.
+    pub(super) fn is_behind(&self) -> bool {
+        self.messages.len() >= MESSAGES / 2
     }
 
     /// Whether frames wait for room in the network.

@@ -207,8 +207,9 @@ impl Path {
             self.blocked_since = None;
             return;
         }
-        self.outbox_bytes += frame.len();
-        self.outbox.push_back(Out::Frame(frame.to_vec()));
+        if !self.keep(frame) {
+            nic.counters.sent_dropped.one();
+        }
     }
 }
 
