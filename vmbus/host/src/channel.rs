@@ -121,6 +121,13 @@ impl HostChannel {
         self.lease.end();
     }
 
+    /// The memory that packets have lent so far is out of reach from now on, also for other threads. That of the packets to
+    /// come is not.
+    pub fn renew_lease(&mut self) {
+        self.lease.end();
+        self.lease = Lease::default();
+    }
+
     /// The ring memory: for tests that play a broken host.
     pub fn memory(&self) -> &SharedPages {
         &self.memory

@@ -24,6 +24,12 @@ use crate::provider::{Connector, HostLink, Link, Lists, Notify, Provider, Wish, 
 /// Complaints and notices that are kept until somebody asks; the oldest go first.
 const KEPT: usize = 1024;
 
+/// How long a guest may take to let go of a device that is to be taken away: 10 s in units of 100 ns.
+const PATIENCE: u64 = 100_000_000;
+
+/// How often the host looks whether it has: 10 ms. Nobody signals it.
+const LOOK: u64 = 100_000;
+
 /// Something that the owner may want to know or has to act on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Notice {
@@ -55,6 +61,8 @@ pub struct Host {
     /// Of every channel that has a provider.
     faults: BTreeMap<ChannelId, ChannelFaults>,
     open: BTreeMap<ChannelId, Open>,
+    /// Primary channels of the devices that are about to be taken away.
+    leaving: BTreeMap<ChannelId, Leaving>,
     /// Closed channels whose GPADL the guest has not got back.
     closing: Vec<HostChannel>,
     memory: GuestMemory,
@@ -77,6 +85,15 @@ pub struct Host {
     connector_woken: bool,
 }
 
+/// A device that is about to be taken away.
+#[derive(Clone, Copy, Default)]
+struct Leaving {
+    /// When the host looks at it again.
+    next: u64,
+    /// When the host's patience ends, once it has looked.
+    until: Option<u64>,
+}
+
 struct Open {
     channel: HostChannel,
     /// Whether the provider still has it. One that was taken away stays in place until the guest knows.
@@ -91,6 +108,7 @@ impl Host {
             providers: BTreeMap::new(),
             faults: BTreeMap::new(),
             open: BTreeMap::new(),
+            leaving: BTreeMap::new(),
             closing: Vec::new(),
             memory,
             lent: BTreeMap::new(),
@@ -162,10 +180,57 @@ impl Host {
         self.faults.get(&id).cloned()
     }
 
-    /// Takes a device away, or one sub-channel of it. Its providers are done with it before this returns.
+    /// Takes a device away in good order: its providers end what is under way and tell the guest, and when that has let go,
+    /// or has had 10 s for it, the device is rescinded. Returns whether it is offered.
+    ///
+    /// A guest stops looking at its channels as soon as it hears of a rescind, so answers have to come before it.
+    pub fn take_away(&mut self, id: ChannelId) -> bool {
+        let there = self.server.is_offered(id);
+        if there {
+            self.leaving.entry(id).or_default();
+        }
+        there
+    }
+
+    /// Takes a device away at once if it [is to go](Self::take_away).
+    pub fn stop_waiting(&mut self, id: ChannelId) {
+        if self.leaving.contains_key(&id) {
+            self.rescind(id);
+        }
+    }
+
+    /// Looks whether guests have let go of devices that are about to be taken away. Returns whether there was anything to do.
+    fn let_go(&mut self, now: u64) -> bool {
+        let due = self
+            .leaving
+            .iter()
+            .filter(|(_, leaving)| leaving.next <= now);
+        let due: Vec<_> = due.map(|(id, _)| *id).collect();
+        for id in &due {
+            let channels: Vec<_> = self.server.sub_channels(*id).chain([*id]).collect();
+            let mut gone = true;
+            for channel in channels {
+                let open = self.open.get_mut(&channel).filter(|open| open.served);
+                if let (Some(open), Some(provider)) = (open, self.providers.get_mut(&channel)) {
+                    open.channel.set_time(now);
+                    gone &= provider.leave(now, &mut open.channel);
+                }
+            }
+            let patience = now.saturating_add(PATIENCE);
+            let leaving = self.leaving.entry(*id).or_default();
+            leaving.next = now.saturating_add(LOOK);
+            if gone || *leaving.until.get_or_insert(patience) <= now {
+                self.rescind(*id);
+            }
+        }
+        !due.is_empty()
+    }
+
+    /// Takes a device away at once, or one sub-channel of it. Its providers are done with it before this returns.
     pub fn rescind(&mut self, id: ChannelId) -> bool {
         let subs: Vec<_> = self.server.sub_channels(id).collect();
         let there = self.server.rescind(id);
+        self.leaving.remove(&id);
         for id in subs.into_iter().chain([id]) {
             self.retire(id);
             self.detach(id);
@@ -301,7 +366,8 @@ impl Host {
         let channels = self.open.values().filter(|open| open.served);
         let delayed = channels.filter_map(|open| open.channel.deadline()).min();
         let watch = self.watch.as_ref().and_then(Watch::deadline);
-        [self.server.deadline(), provider, delayed, watch]
+        let leaving = self.leaving.values().map(|leaving| leaving.next).min();
+        [self.server.deadline(), provider, delayed, watch, leaving]
             .into_iter()
             .flatten()
             .min()
@@ -318,6 +384,7 @@ impl Host {
         }
         ran.busy |= self.connect(now);
         ran.busy |= self.look(now);
+        ran.busy |= self.let_go(now);
         for (id, open) in &mut self.open {
             if let Some(provider) = self.providers.get_mut(id).filter(|_| open.served) {
                 let deadlines = provider.deadline().into_iter();

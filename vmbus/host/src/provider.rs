@@ -31,6 +31,13 @@ pub trait Provider: Send {
     /// come. `now` is reference time in units of 100 ns.
     fn serve(&mut self, now: u64, channel: &mut HostChannel);
 
+    /// The device is about to be taken away: what is under way is ended, and its guest told, while it still looks at the
+    /// channel. Called instead of [`serve`](Self::serve) being waited for, until it says `true` on every channel of the
+    /// device, or the host's patience ends.
+    fn leave(&mut self, _now: u64, _channel: &mut HostChannel) -> bool {
+        true
+    }
+
     /// The channel is closed, taken away, or its connection has ended. The guest's memory is out of reach by now.
     fn closed(&mut self) {}
 

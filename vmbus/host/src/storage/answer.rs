@@ -1,5 +1,6 @@
 //! Answers: what the guest is told of a command that has ended, also one that ended on another thread.
 
+use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
@@ -16,8 +17,49 @@ const CHECK_CONDITION: u8 = 2;
 
 /// Where answers come from other threads.
 pub(super) struct Results {
-    pub(super) answers: Mutex<Vec<Answer>>,
+    answers: Mutex<Answers>,
     pub(super) link: Link,
+}
+
+#[derive(Default)]
+struct Answers {
+    /// Commands that others work on, by the numbers of their tickets.
+    waiting: BTreeMap<u64, Waiting>,
+    /// What has not been taken yet.
+    done: Vec<Answer>,
+    /// The number of the next ticket.
+    next: u64,
+}
+
+/// A command that waits for its answer.
+struct Waiting {
+    transaction: u64,
+    srb: Srb,
+    version: ProtocolVersion,
+}
+
+impl Results {
+    pub(super) fn new(link: Link) -> Self {
+        let answers = Mutex::default();
+        Self { answers, link }
+    }
+
+    /// Takes what is done.
+    pub(super) fn take(&self) -> Vec<Answer> {
+        core::mem::take(&mut self.answers.lock().done)
+    }
+
+    /// Waits for no command any more: the guest is told that their units are gone. Their data are out of reach by now.
+    pub(super) fn give_up(&self) {
+        let mut answers = self.answers.lock();
+        let outcome = Outcome::Stopped(Stop::Removed);
+        for waiting in core::mem::take(&mut answers.waiting).into_values() {
+            answers.done.push(Answer {
+                transaction: waiting.transaction,
+                reply: ended(waiting.version, &waiting.srb, None, &outcome),
+            });
+        }
+    }
 }
 
 /// An answer and the packet that it is for.
@@ -113,30 +155,55 @@ pub(super) fn ended(
 
 /// A command that is being worked on. Whatever becomes of it, the guest gets an answer.
 pub(super) struct Ticket {
-    pub(super) results: Option<Arc<Results>>,
-    pub(super) transaction: u64,
-    pub(super) srb: Srb,
-    pub(super) version: ProtocolVersion,
-    pub(super) unit: Option<Arc<LogicalUnit>>,
-    pub(super) running: Option<Running>,
+    results: Arc<Results>,
+    number: u64,
+    unit: Option<Arc<LogicalUnit>>,
+    running: Option<Running>,
 }
 
 impl Ticket {
-    pub(super) fn finish(mut self, outcome: &Outcome) {
-        let reply = ended(self.version, &self.srb, self.unit.as_deref(), outcome);
-        self.send(reply);
+    /// For the command of this packet.
+    pub(super) fn new(
+        results: &Arc<Results>,
+        transaction: u64,
+        (srb, version): (Srb, ProtocolVersion),
+        unit: Option<Arc<LogicalUnit>>,
+        running: Running,
+    ) -> Self {
+        let mut answers = results.answers.lock();
+        let number = answers.next;
+        answers.next = number.wrapping_add(1);
+        let waiting = Waiting {
+            transaction,
+            srb,
+            version,
+        };
+        answers.waiting.insert(number, waiting);
+        drop(answers);
+        Self {
+            results: Arc::clone(results),
+            number,
+            unit,
+            running: Some(running),
+        }
     }
 
-    fn send(&mut self, reply: Reply) {
+    pub(super) fn finish(mut self, outcome: &Outcome) {
+        let unit = self.unit.take();
+        self.leave(|waiting| ended(waiting.version, &waiting.srb, unit.as_deref(), outcome));
+    }
+
+    /// Leaves the answer, unless there is one.
+    fn leave(&mut self, reply: impl FnOnce(&Waiting) -> Reply) {
         // Whoever has the answer sees the command no longer among those under way.
         drop(self.running.take());
-        if let Some(results) = self.results.take() {
-            let answer = Answer {
-                transaction: self.transaction,
-                reply,
-            };
-            results.answers.lock().push(answer);
-            results.link.wake();
+        let mut answers = self.results.answers.lock();
+        if let Some(waiting) = answers.waiting.remove(&self.number) {
+            let reply = reply(&waiting);
+            let transaction = waiting.transaction;
+            answers.done.push(Answer { transaction, reply });
+            drop(answers);
+            self.results.link.wake();
         }
     }
 }
@@ -150,7 +217,6 @@ impl Drop for Ticket {
             transferred: 0,
             sense: None,
         };
-        let reply = Reply::srb(self.version, Some(&self.srb), &end);
-        self.send(reply);
+        self.leave(|waiting| Reply::srb(waiting.version, Some(&waiting.srb), &end));
     }
 }

@@ -4,6 +4,7 @@ use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::activity::{Activity, Running};
 use super::counters::{Counts, Packets};
@@ -89,6 +90,8 @@ pub struct Controller {
     /// The primary channel.
     link: Mutex<Option<Link>>,
     generations: Mutex<Generations>,
+    /// The controller is about to be taken away: for the guest it has no units.
+    leaving: AtomicBool,
     pieces: Arc<Pieces>,
     pub(super) counters: Packets,
 }
@@ -118,6 +121,7 @@ impl Controller {
             notices: Mutex::default(),
             link: Mutex::default(),
             generations: Mutex::default(),
+            leaving: AtomicBool::new(false),
             pieces: Arc::default(),
             counters: Packets::default(),
         })
@@ -223,7 +227,7 @@ impl Controller {
 
     /// The unit at this address.
     pub(super) fn find(&self, address: Address) -> Option<Arc<LogicalUnit>> {
-        if (address.path, address.target) != (0, 0) {
+        if (address.path, address.target) != (0, 0) || self.leaving.load(Ordering::SeqCst) {
             return None;
         }
         self.unit(address.lun)
@@ -235,7 +239,7 @@ impl Controller {
 
     /// The numbers of the units behind a path and target.
     pub(super) fn report(&self, path: u8, target: u8) -> Vec<u8> {
-        if (path, target) != (0, 0) {
+        if (path, target) != (0, 0) || self.leaving.load(Ordering::SeqCst) {
             return Vec::new();
         }
         self.units.lock().keys().copied().collect()
@@ -277,9 +281,19 @@ impl Controller {
         };
     }
 
+    /// The controller is about to be taken away. What is under way stops where it can, and the guest is told that there are
+    /// no units any more.
+    pub(super) fn leave(&self) {
+        if !self.leaving.swap(true, Ordering::SeqCst) {
+            self.reset(None);
+            self.tell(|notices| notices.units = true);
+        }
+    }
+
     /// The guest has gone: nothing that it began is of use any more.
     pub(super) fn end_session(&self) {
         *self.notices.lock() = Notices::default();
+        self.leaving.store(false, Ordering::SeqCst);
         self.reset(None);
         let mut generations = self.generations.lock();
         let last = core::mem::take(&mut generations.now);

@@ -30,6 +30,9 @@ const BUDGET: usize = 512;
 /// of 100 ns.
 const RETRY: u64 = 100_000;
 
+/// How long a guest must have asked for nothing to have let go of a controller that is about to be taken away: 1 s.
+const QUIET: u64 = 10_000_000;
+
 /// Serves one channel of a controller. Sub-channels are made when the guest asks for them.
 pub struct Storvsp {
     shared: Arc<Shared>,
@@ -56,6 +59,10 @@ struct Open {
     unsent: VecDeque<Answer>,
     resets: Vec<Reset>,
     retry_at: Option<u64>,
+    /// When the guest has asked for something last, or was told something.
+    busy_at: u64,
+    /// The controller is about to be taken away.
+    leaving: bool,
     /// The ring is broken: the guest gets nothing more.
     broken: bool,
 }
@@ -130,6 +137,32 @@ impl Provider for Storvsp {
         }
     }
 
+    /// What is under way ends as if its unit were gone, and so does what still comes. A guest lets go of its units when it
+    /// learns that, which takes commands; it has done so when no more come.
+    fn leave(&mut self, now: u64, channel: &mut HostChannel) -> bool {
+        let Some(open) = self.open.as_mut().filter(|open| !open.broken) else {
+            return true;
+        };
+        if self.shared.session.lock().ready().is_none() {
+            return true;
+        }
+        if !open.leaving {
+            open.leaving = true;
+            open.busy_at = now;
+            self.shared.controller.leave();
+            channel.renew_lease();
+            open.results.give_up();
+        }
+        self.serve(now, channel);
+        let Some(open) = self.open.as_mut().filter(|open| !open.broken) else {
+            return true;
+        };
+        if open.taken != 0 || !channel.is_drained().unwrap_or(true) {
+            open.busy_at = now;
+        }
+        now.saturating_sub(open.busy_at) >= QUIET
+    }
+
     fn closed(&mut self) {
         self.open = None;
         if !self.primary {
@@ -158,14 +191,15 @@ impl fmt::Debug for Storvsp {
 
 impl Open {
     fn new(link: Link) -> Self {
-        let answers = Mutex::default();
         Self {
-            results: Arc::new(Results { answers, link }),
+            results: Arc::new(Results::new(link)),
             packet: PacketBuffer::default(),
             taken: 0,
             unsent: VecDeque::new(),
             resets: Vec::new(),
             retry_at: None,
+            busy_at: 0,
+            leaving: false,
             broken: false,
         }
     }
@@ -179,8 +213,7 @@ impl Open {
                 .stopping
                 .retain(|activity| !activity.is_over(Some(link)));
         }
-        let answers = core::mem::take(&mut *self.results.answers.lock());
-        self.unsent.extend(answers);
+        self.unsent.extend(self.results.take());
         let (over, rest): (Vec<_>, Vec<_>) = core::mem::take(&mut self.resets)
             .into_iter()
             .partition(|reset| reset.stopping.is_empty());
@@ -221,6 +254,9 @@ impl Server<'_> {
                 return Ok(());
             }
             let taken = self.take(channel, room.min(budget))?;
+            if taken != 0 {
+                self.open.busy_at = now;
+            }
             budget = budget.saturating_sub(taken);
             if taken == 0 {
                 if !channel.unmask()? {
@@ -369,14 +405,9 @@ impl Server<'_> {
                 self.answer(transaction, reply);
             }
             Step::Work(work) => {
-                let ticket = Ticket {
-                    results: Some(Arc::clone(&self.open.results)),
-                    transaction,
-                    srb,
-                    version,
-                    unit,
-                    running: Some(controller.begin()),
-                };
+                let results = &self.open.results;
+                let running = controller.begin();
+                let ticket = Ticket::new(results, transaction, (srb, version), unit, running);
                 self.shared.executor.run(Box::new(move || {
                     let outcome = work.run();
                     ticket.finish(&outcome);

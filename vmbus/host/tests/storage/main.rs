@@ -9,6 +9,7 @@ mod dvd;
 mod guest;
 mod hostile;
 mod hot_plug;
+mod leaving;
 mod mode;
 mod model;
 mod protocol;

@@ -138,6 +138,8 @@ pub struct Device {
     body: Body,
     /// Its primary channel, while it is offered.
     channel: Option<ChannelId>,
+    /// Its last one, which the guest may still be letting go of.
+    leaving: Option<ChannelId>,
     /// Whether a guest that starts anew is offered it.
     wanted: bool,
 }
@@ -173,6 +175,7 @@ impl Devices {
                 kind: device.kind(),
                 body,
                 channel: None,
+                leaving: None,
                 wanted: true,
             })
         };
@@ -297,6 +300,10 @@ impl Device {
         if self.is_offered(host) {
             return Err(Failure::generic(format!("`{name}` is offered already")));
         }
+        if let Some(leaving) = self.leaving.take() {
+            // The guest has had less time than it might have needed.
+            host.stop_waiting(leaving);
+        }
         let Some((device, provider)) = self.body.part().offer() else {
             return Err(self.not_offered());
         };
@@ -307,7 +314,7 @@ impl Device {
         Ok(())
     }
 
-    /// Takes it away.
+    /// Takes it away, in good order: what is under way ends first.
     ///
     /// # Errors
     /// When it is not offered.
@@ -315,7 +322,10 @@ impl Device {
         let offered = self.is_offered(host);
         self.wanted &= !offered;
         match self.channel.take().filter(|_| offered) {
-            Some(channel) if host.rescind(channel) => Ok(()),
+            Some(channel) if host.take_away(channel) => {
+                self.leaving = Some(channel);
+                Ok(())
+            }
             _ => Err(self.not_offered()),
         }
     }

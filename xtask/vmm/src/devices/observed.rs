@@ -51,6 +51,12 @@ impl Provider for Observed {
         self.look();
     }
 
+    fn leave(&mut self, now: u64, channel: &mut HostChannel) -> bool {
+        let left = self.provider.leave(now, channel);
+        self.look();
+        left
+    }
+
     fn closed(&mut self) {
         self.provider.closed();
         self.look();
