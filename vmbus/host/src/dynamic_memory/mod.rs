@@ -3,6 +3,8 @@
 //! It does no I/O: it eats the guest's messages and makes the host's. Whoever owns the guest's memory learns by
 //! [`MemoryEvent`]s which pages are whose, and brings memory to add.
 
+mod hot_add;
+mod receive;
 mod runs;
 
 use alloc::boxed::Box;
@@ -10,16 +12,17 @@ use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use core::fmt;
 
+pub use hot_add::HotAddError;
 pub use runs::Run;
 
+use hot_add::Adding;
 use runs::Runs;
 
 use vmbus::ring::{Outgoing, PacketBuffer, PushError};
 
 use crate::channel::HostChannel;
 use crate::complaints::Complaints;
-use crate::integration::Reply;
-use crate::integration::reply::{Outcomes, Promise, promise};
+use crate::integration::reply::Outcomes;
 use crate::message_faults::{Layout, MessageFault, MessageFaults};
 use crate::provider::Link;
 
@@ -35,17 +38,8 @@ const MAX_REQUEST: u64 = 585_728;
 /// The most pages in one range that the host gives back: 2 GiB.
 const MAX_RETURN: u64 = 1 << 19;
 
-/// The most pages in one hot-add request: 2 GiB.
-const MAX_ADD: u64 = 1 << 19;
-
-/// Requests for memory to be added that may wait.
-const MAX_WAITING: usize = 16;
-
 /// How long the host waits for the answer to a message that had a fault.
 const SHORT: u64 = 5 * SECOND;
-
-/// Capability: hot add (spec balloon.md 4).
-const HOT_ADD: u64 = 1 << 1;
 
 /// Where faults find the fields of a message.
 const LAYOUT: Layout = Layout {
@@ -69,56 +63,6 @@ pub enum MemoryEvent {
     Added(Run),
     /// The channel is closed: pages that the guest had given are its own again.
     Forgotten,
-}
-
-/// Why memory was not added.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum HotAddError {
-    /// The channel is not open, or the guest has not said what it can do.
-    NotReady,
-    /// The guest cannot do that.
-    NotSupported,
-    /// First page and count are no multiples of so many pages, as the guest wants it.
-    Unaligned(u64),
-    /// The guest has some of these pages already.
-    Overlap,
-    /// Too many requests wait.
-    Busy,
-    /// The guest did not take any of it.
-    Refused,
-    /// The guest has closed the channel before it answered, or its answer was lost.
-    Closed,
-}
-
-impl fmt::Display for HotAddError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotReady => f.write_str("the guest has not started dynamic memory"),
-            Self::NotSupported => f.write_str("the guest cannot add memory while it runs"),
-            Self::Unaligned(pages) => {
-                let mib = pages / 256;
-                write!(f, "the guest adds memory in multiples of {mib} MiB only")
-            }
-            Self::Overlap => f.write_str("the guest has some of this memory already"),
-            Self::Busy => f.write_str("too many requests for memory wait"),
-            Self::Refused => f.write_str("the guest has not taken the memory"),
-            Self::Closed => f.write_str("the guest closed the channel before it answered"),
-        }
-    }
-}
-
-impl core::error::Error for HotAddError {}
-
-/// Memory that is to be added, and how far that has come.
-#[derive(Debug)]
-struct Adding {
-    /// What is still to be offered.
-    rest: Run,
-    /// What has been offered last.
-    offered: u64,
-    /// Pages that the guest has taken.
-    added: u64,
-    promise: Promise<Result<u64, HotAddError>>,
 }
 
 /// Who wants to know what becomes of pages.
@@ -476,223 +420,6 @@ impl DynamicMemory {
         self.wake();
     }
 
-    /// Adds memory: these pages are there, and the guest is to use them. The reply comes when it has answered, and says how many
-    /// pages it took.
-    pub fn hot_add(&mut self, run: Run) -> Reply<Result<u64, HotAddError>> {
-        if let Err(error) = self.check_hot_add(run) {
-            return Reply::ready(Err(error));
-        }
-        let (promise, reply) = promise();
-        self.adding.push_back(Adding {
-            rest: run,
-            offered: 0,
-            added: 0,
-            promise,
-        });
-        self.step();
-        self.wake();
-        reply
-    }
-
-    /// Whether this memory can be added now, as far as the host can tell.
-    pub fn check_hot_add(&self, (first, count): Run) -> Result<(), HotAddError> {
-        let capabilities = self.capabilities.ok_or(HotAddError::NotReady)?;
-        if capabilities & HOT_ADD == 0 {
-            return Err(HotAddError::NotSupported);
-        }
-        let unit = unit(capabilities);
-        if count == 0 || !first.is_multiple_of(unit) || !count.is_multiple_of(unit) {
-            return Err(HotAddError::Unaligned(unit));
-        }
-        let end = first.checked_add(count).filter(|end| *end < 1 << 40);
-        let end = end.ok_or(HotAddError::Overlap)?;
-        let waiting = self.adding.iter().map(|adding| adding.rest);
-        let mut taken = self.known.to_vec().into_iter().chain(waiting);
-        if taken.any(|(other, length)| first < other + length && other < end) {
-            return Err(HotAddError::Overlap);
-        }
-        if self.adding.len() >= MAX_WAITING {
-            return Err(HotAddError::Busy);
-        }
-        Ok(())
-    }
-
-    /// Offers the next piece of the memory that is to be added first.
-    fn offer_memory(&mut self) {
-        let Some(adding) = self.adding.front_mut() else {
-            return;
-        };
-        let (first, count) = adding.rest;
-        let unit = self.capabilities.map_or(1, unit);
-        // No less than the guest's own unit, however large that is.
-        let piece = count.min((MAX_ADD / unit * unit).max(unit));
-        adding.offered = piece;
-        // Range and region are the same (spec balloon.md 8).
-        let range = first | piece << 40;
-        let mut body = Vec::from(range.to_le_bytes());
-        body.extend_from_slice(&range.to_le_bytes());
-        self.state = State::HotAdd;
-        self.send(10, self.transaction, &body);
-    }
-
-    fn hot_add_response(&mut self, id: u32, message: &[u8]) {
-        if id != self.transaction {
-            self.complain("a hot-add response with another id");
-        }
-        self.hot_add_answer = u32_at(message, 8).zip(u32_at(message, 12));
-        let Some((pages, result)) = self.hot_add_answer else {
-            return self.complain("a short hot-add response");
-        };
-        let Some(mut adding) = self.adding.pop_front() else {
-            return self.done();
-        };
-        let (first, count) = adding.rest;
-        let mut pages = u64::from(pages);
-        if pages > adding.offered {
-            self.complain("more pages added than were offered");
-            pages = 0;
-        }
-        if result & 1 == 0 {
-            pages = 0;
-        }
-        if pages > 0 && self.known.join((first, pages)) {
-            adding.added += pages;
-            // Who adds memory wants the guest to have it.
-            self.target = self.target.saturating_add(pages);
-            self.tell(MemoryEvent::Added((first, pages)));
-        }
-        let all = pages == adding.offered;
-        adding.rest = (first + pages, count - pages);
-        if all && count > pages {
-            self.adding.push_front(adding);
-        } else {
-            let outcome = match adding.added {
-                0 => Err(HotAddError::Refused),
-                added => Ok(added),
-            };
-            self.outcomes.add(adding.promise, outcome);
-        }
-        self.done();
-    }
-
-    /// Handles a message of the guest.
-    pub fn receive(&mut self, now: u64, message: &[u8]) {
-        let (Some(kind), Some(size), Some(id)) =
-            (u16_at(message, 0), u16_at(message, 2), u32_at(message, 4))
-        else {
-            return self.complain("a message without a header");
-        };
-        let Some(message) = message.get(..usize::from(size)) else {
-            return self.complain("a message shorter than it says");
-        };
-        match (kind, self.state) {
-            (1, State::Version) => self.version_request(id, message),
-            (3, State::Capabilities) => self.capabilities_report(now, id, message),
-            (5, State::Closed | State::Version | State::Capabilities) => {
-                self.complain("a status report before the capabilities");
-            }
-            (5, _) => self.status_report(message),
-            (7, State::Balloon) => self.balloon_response(id, message),
-            (9, State::Unballoon) => {
-                if id != self.transaction {
-                    self.complain("an unballoon response with another id");
-                }
-                self.returning = None;
-                self.done();
-            }
-            (11, State::HotAdd) => self.hot_add_response(id, message),
-            _ => self.complain("a message that has no place now"),
-        }
-    }
-
-    fn version_request(&mut self, id: u32, message: &[u8]) {
-        let (Some(version), Some(last)) = (u32_at(message, 8), u32_at(message, 12)) else {
-            return self.complain("a short version request");
-        };
-        if (version == 3) != (last & 1 == 1) {
-            self.complain("the last attempt is not marked");
-        }
-        let accepted = (3..=self.newest_version).contains(&version);
-        self.send(2, id, &u64::from(accepted).to_le_bytes());
-        if accepted {
-            self.version = Some(version);
-            self.state = State::Capabilities;
-        }
-    }
-
-    fn capabilities_report(&mut self, now: u64, id: u32, message: &[u8]) {
-        if message.len() != 32 {
-            return self.complain("a capabilities report of the wrong size");
-        }
-        self.capabilities = u64_at(message, 8);
-        let flags =
-            u64::from(self.accepts_capabilities) | 1 << 1 | u64::from(!self.status_reports) << 2;
-        self.send(4, id, &flags.to_le_bytes());
-        self.state = State::PostInit(now.saturating_add(POST_INIT_WAIT));
-    }
-
-    fn status_report(&mut self, message: &[u8]) {
-        let report = u64_at(message, 8).zip(u64_at(message, 16));
-        let (Some((available, committed)), 48) = (report, message.len()) else {
-            return self.complain("a status report of the wrong size");
-        };
-        if !self.status_reports {
-            self.complain("a status report that was not wanted");
-        }
-        self.reports += 1;
-        self.last_report = Some(Report {
-            available,
-            committed,
-        });
-    }
-
-    fn balloon_response(&mut self, id: u32, message: &[u8]) {
-        let Some(word) = u32_at(message, 12) else {
-            return self.complain("a short balloon response");
-        };
-        if id != self.transaction {
-            self.complain("a balloon response with another id");
-        }
-        self.responses += 1;
-        let (more, count) = (word & 1 == 1, (word >> 1) as usize);
-        if message.len() != 16 + 8 * count {
-            return self.complain("a balloon response whose length does not fit its ranges");
-        }
-        for at in 0..count {
-            let word = u64_at(message, 16 + 8 * at).unwrap_or(0);
-            self.take_out((word & ((1 << 40) - 1), word >> 40));
-        }
-        if count == 0 {
-            self.wanted = 0;
-        } else if more {
-            return;
-        }
-        if self.wanted > 0 {
-            self.transaction = self.transaction.wrapping_add(1);
-            self.ask();
-        } else {
-            self.done();
-        }
-    }
-
-    fn take_out(&mut self, run: Run) {
-        let (_, count) = run;
-        if count == 0 || !self.known.contain(run) {
-            return self.complain("pages that the guest does not have");
-        }
-        if !self.removed.insert(run) {
-            return self.complain("pages that the host has already");
-        }
-        match self.wanted.checked_sub(count) {
-            Some(rest) => self.wanted = rest,
-            None => {
-                self.wanted = 0;
-                self.complain("more pages than were asked for");
-            }
-        }
-        self.tell(MemoryEvent::Taken(run));
-    }
-
     fn step(&mut self) {
         if self.state != State::Idle {
             return;
@@ -772,22 +499,4 @@ fn known(runs: &[Run]) -> Runs {
         known.join(*run);
     }
     known
-}
-
-/// Pages that hot add takes as a unit: 2^n MiB (spec balloon.md 4).
-fn unit(capabilities: u64) -> u64 {
-    let exponent = capabilities >> 2 & 0xF;
-    256 << exponent
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(*bytes.get(at..)?.first_chunk()?))
 }
