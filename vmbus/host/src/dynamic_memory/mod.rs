@@ -52,6 +52,9 @@ const LAYOUT: Layout = Layout {
 /// Packets that are taken before others have their turn.
 const BUDGET: usize = 64;
 
+/// Messages that wait for room in the ring; beyond them the guest's stay in theirs.
+const OUTPUT: usize = 16;
+
 /// What becomes of pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum MemoryEvent {
@@ -380,7 +383,12 @@ impl DynamicMemory {
     pub fn serve(&mut self, now: u64, channel: &mut HostChannel) {
         self.tick(now);
         let mut packet = PacketBuffer::default();
+        let mut is_behind = false;
         for turn in 0.. {
+            is_behind = self.output.len() >= OUTPUT;
+            if is_behind {
+                break;
+            }
             if turn == BUDGET {
                 self.wake();
                 break;
@@ -406,6 +414,9 @@ impl DynamicMemory {
                 // It will never go.
                 Err(PushError::TooLarge { .. } | PushError::Ring(_)) => {}
             }
+        }
+        if is_behind && self.output.len() < OUTPUT {
+            self.wake();
         }
     }
 
@@ -500,3 +511,6 @@ fn known(runs: &[Run]) -> Runs {
     }
     known
 }
+
+#[cfg(test)]
+mod tests;
