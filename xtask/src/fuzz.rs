@@ -170,6 +170,8 @@ fn fuzz(workspace: &Workspace, programs: &Path, target: &str, seconds: u32) -> R
         .arg(format!("-max_len={MAX_LENGTH}"))
         .arg(format!("-timeout={TIMEOUT}"))
         .arg("-print_final_stats=1")
+        // Naming each new function takes longer than reaching it, and nobody reads it.
+        .arg("-print_funcs=0")
         // The slash says that it is a folder.
         .arg(format!("-artifact_prefix={}/", artifacts.display()))
         .arg(&corpus)
