@@ -35,7 +35,8 @@ pub fn stamp(path: &Path) -> Result<Vec<u8>> {
     Ok(format!("{} {} {changed}", path.display(), metadata.len()).into_bytes())
 }
 
-fn key(parts: &[&[u8]]) -> String {
+/// A name for what is made from these.
+pub fn key(parts: &[&[u8]]) -> String {
     let mut hash = Sha256::new();
     for part in parts {
         hash.update((part.len() as u64).to_le_bytes());

@@ -197,7 +197,11 @@ fn info(path: &Path) -> Result<String> {
 }
 
 /// What a check says of a disk that is sound.
-fn check(path: &Path) -> Result<String> {
+/// What `disk check` says of a sound disk.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check(path: &Path) -> Result<String> {
     let DiskFile { file, format, .. } = open(path)?;
     let name = path.display();
     if format != Format::Vhdx {

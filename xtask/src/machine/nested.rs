@@ -7,6 +7,7 @@ use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
@@ -66,6 +67,9 @@ const INNER_QEMU: [&str; 6] = [
     "/firmware",
 ];
 
+/// How many have been booted.
+static BOOTS: AtomicU32 = AtomicU32::new(0);
+
 /// The running outer QEMU. Dropping it ends it.
 pub struct Outer {
     child: Child,
@@ -120,7 +124,9 @@ impl Image {
     pub fn boot(&self, qemu: &Qemu, clock: Clock) -> Result<(Outer, Link)> {
         let _step = progress::step("booting the test machine");
         let (near, far) = UnixStream::pair()?;
-        let log = self.directory.join("console.log");
+        // Several may run at a time.
+        let number = BOOTS.fetch_add(1, Ordering::Relaxed);
+        let log = self.directory.join(format!("console-{number}.log"));
         let console =
             fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
         let accelerator = match clock {

@@ -20,10 +20,9 @@ use std::{
 };
 
 use self::apt::Apt;
-#[cfg(test)]
 pub use self::qemu::DiskTools;
 pub use self::{apt::exists, problem::Problem, qemu::Qemu, tree::Tree};
-use crate::progress;
+use crate::{keep::key, progress};
 
 /// Oldest QEMU that serves: the first with `hv-balloon`.
 const QEMU_LEAST: (u32, u32) = (8, 2);
@@ -35,7 +34,7 @@ const LINUX_PACKAGES: [&str; 2] = ["linux-image-cloud-amd64", "linux-image-virtu
 const LINUX_LEAST: (u32, u32) = (6, 8);
 
 /// Packages of the Linux guest's tools.
-const TOOLS: [&str; 7] = [
+const TOOLS: [&str; 8] = [
     "busybox-static",
     "e2fsprogs",
     "ethtool",
@@ -43,6 +42,7 @@ const TOOLS: [&str; 7] = [
     "hyperv-daemons",
     "sg3-utils",
     "socat",
+    "xxhash",
 ];
 
 /// Packages of what measures the Linux guest's disks and networks.
@@ -160,7 +160,6 @@ impl Packages {
     }
 
     /// QEMU's programs for disk images: the system's or fetched ones. Before 8.0 they damaged VHDX files when they wrote to them.
-    #[cfg(test)]
     pub fn disk_tools(&mut self) -> Result<DiskTools, Problem> {
         const LEAST: (u32, u32) = (8, 0);
         if let Some(tools) = DiskTools::of_system(LEAST) {
@@ -189,7 +188,9 @@ impl Packages {
 
     /// A set of packages for a guest, with their libraries.
     fn programs(&mut self, name: &str, packages: &[&str]) -> Result<Tree, Problem> {
-        self.set(name, |apt, into| {
+        // Another list is another set.
+        let name = format!("{name}-{}", key(&[packages.join(" ").as_bytes()]));
+        self.set(&name, |apt, into| {
             // What else these packages want is for installing them.
             let is_library = |name: &str| {
                 let language = ["perl", "python"].iter().any(|word| name.contains(word));

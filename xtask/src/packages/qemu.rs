@@ -115,16 +115,15 @@ fn in_tree(tree: &Path, program: &str) -> Result<(Vec<String>, PathBuf), String>
 }
 
 /// QEMU's programs for disk images, each as program and leading arguments.
-#[cfg(test)]
 #[derive(Debug, Clone)]
 pub struct DiskTools {
     /// `qemu-img`.
     pub img: Vec<String>,
     /// `qemu-io`.
+    #[cfg(test)]
     pub io: Vec<String>,
 }
 
-#[cfg(test)]
 impl DiskTools {
     /// The system's, if they are at least version `least`.
     pub fn of_system(least: (u32, u32)) -> Option<Self> {
@@ -135,6 +134,7 @@ impl DiskTools {
         };
         Some(Self {
             img: fits("qemu-img")?,
+            #[cfg(test)]
             io: fits("qemu-io")?,
         })
     }
@@ -148,6 +148,7 @@ impl DiskTools {
         };
         Ok(Self {
             img: command("usr/bin/qemu-img")?,
+            #[cfg(test)]
             io: command("usr/bin/qemu-io")?,
         })
     }

@@ -54,7 +54,7 @@ const MODULES: [&str; 11] = [
 ];
 
 /// Programs with their libraries. Everything else is busybox.
-const PROGRAMS: [&str; 13] = [
+const PROGRAMS: [&str; 14] = [
     "mkfs.ext4",
     "e2fsck",
     "ethtool",
@@ -68,6 +68,7 @@ const PROGRAMS: [&str; 13] = [
     "sg_turs",
     "sg_unmap",
     "sg_vpd",
+    "xxhsum",
 ];
 
 /// Other files of the packages.

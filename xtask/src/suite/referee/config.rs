@@ -24,26 +24,36 @@ pub const DISC: u8 = 5;
 /// LUN of a dynamic VHDX with sectors of 4096 bytes.
 pub const LARGE: u8 = 6;
 
+/// The files of those that are VHDX.
+pub const VHDX: [(u8, &str); 3] = [
+    (FIXED, "fixed.vhdx"),
+    (DYNAMIC, "dynamic.vhdx"),
+    (LARGE, "large.vhdx"),
+];
+
 /// Two network adapters on one wire.
 pub const WIRED: [&str; 2] = ["net0", "net1"];
 
 /// The address of the first of them.
 pub const ADDRESS: &str = "00:15:5d:0e:71:17";
 
+/// The socket by which programs of this computer find the guest's.
+pub const SOCKETS: &str = "vsock";
+
 /// Virtual processors, and channels of each device that can have several.
 const CPUS: u32 = 4;
 
 /// MiB of memory.
-const MEMORY_MIB: u32 = 640;
+const MEMORY_MIB: u32 = 384;
 
 /// MiB that can be added at run time.
 const HOT_ADD_MIB: u32 = 256;
 
 /// MiB of the disk in memory.
-const MEMORY_DISK_MIB: u32 = 256;
+const MEMORY_DISK_MIB: u32 = 260;
 
-/// A VM with a device of each kind.
-pub fn everything(files: &Files) -> Result<Config> {
+/// A VM with disks of every kind.
+pub fn disks(files: &Files) -> Result<Config> {
     let large = Settings {
         logical_sector: 4096,
         ..Settings::new(256 << 20)
@@ -52,41 +62,20 @@ pub fn everything(files: &Files) -> Result<Config> {
         fixed: true,
         ..Settings::new(64 << 20)
     };
-    let luns = vec![
+    machine(vec![
         files.raw(RAW, "raw.img", 96)?,
-        files.vhdx(FIXED, "fixed.vhdx", &fixed)?,
-        files.vhdx(DYNAMIC, "dynamic.vhdx", &Settings::new(1 << 30))?,
+        files.vhdx(FIXED, VHDX[0].1, &fixed)?,
+        files.vhdx(DYNAMIC, VHDX[1].1, &Settings::new(1 << 30))?,
         memory_disk(MEMORY_DISK_MIB),
         files.source(SOURCE)?,
         files.disc(DISC)?,
-        files.vhdx(LARGE, "large.vhdx", &large)?,
-    ];
-    let mut config = machine(luns)?;
-    config.devices.extend([
-        Device::TimeSync(Plain::default()),
-        Device::Kvp(Plain::default()),
-        Device::Balloon(Balloon {
-            name: None,
-            hot_add_mib: HOT_ADD_MIB,
-        }),
-        Device::Vsock(Vsock {
-            name: None,
-            path: files.machine().guest_sockets(&files.path("vsock"))?.into(),
-        }),
-    ]);
-    Ok(config)
+        files.vhdx(LARGE, VHDX[2].1, &large)?,
+    ])
 }
 
-/// A VM for a host that misbehaves.
-pub fn faulty(_files: &Files) -> Result<Config> {
-    machine(vec![memory_disk(64)])
-}
-
-/// What both have.
-fn machine(luns: Vec<Lun>) -> Result<Config> {
-    let mut config = Config::new("");
-    config.memory_mib = MEMORY_MIB;
-    config.cpus = CPUS;
+/// A VM with a device of each kind.
+pub fn everything_else(files: &Files) -> Result<Config> {
+    let mut config = machine(vec![memory_disk(16)])?;
     let queues = u16::try_from(CPUS)?;
     let card = |name: &str, mac: Option<&str>| -> Result<Device> {
         Ok(Device::Net(Network {
@@ -98,14 +87,34 @@ fn machine(luns: Vec<Lun>) -> Result<Config> {
             pcap: None,
         }))
     };
+    config.devices.extend([
+        card(WIRED[0], Some(ADDRESS))?,
+        card(WIRED[1], None)?,
+        Device::TimeSync(Plain::default()),
+        Device::Kvp(Plain::default()),
+        Device::Balloon(Balloon {
+            name: None,
+            hot_add_mib: HOT_ADD_MIB,
+        }),
+        Device::Vsock(Vsock {
+            name: None,
+            path: files.machine().guest_sockets(&files.path(SOCKETS))?.into(),
+        }),
+    ]);
+    Ok(config)
+}
+
+/// What both have.
+fn machine(luns: Vec<Lun>) -> Result<Config> {
+    let mut config = Config::new("");
+    config.memory_mib = MEMORY_MIB;
+    config.cpus = CPUS;
     config.devices = vec![
         Device::Scsi(Scsi {
             name: CONTROLLER.into(),
-            queues,
+            queues: u16::try_from(CPUS)?,
             luns,
         }),
-        card(WIRED[0], Some(ADDRESS))?,
-        card(WIRED[1], None)?,
         Device::Heartbeat(Plain::default()),
         Device::Shutdown(Plain::default()),
     ];

@@ -1,17 +1,21 @@
 //! A host that misbehaves on purpose: Linux's error handling recovers, or fails as it does on
 //! Hyper-V, and the host stays up.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::{
     Session, Test,
-    config::{CONTROLLER, MEMORY},
+    config::{ADDRESS, CONTROLLER, MEMORY, WIRED},
+    log,
+    network::{self, THERE},
+    services,
     session::LONG,
 };
 use crate::referee::Status;
 
-pub(super) const TESTS: &[Test] = &[
+/// Faults of disks; the guest ends.
+pub(super) const DISKS: &[Test] = &[
     Test {
         name: "referee/faults/disk-reads-fail",
         run: |session| {
@@ -45,9 +49,31 @@ pub(super) const TESTS: &[Test] = &[
         run: disk_stalls,
     },
     Test {
-        name: "referee/faults/host-stays-up",
+        name: "referee/faults/host-stays-up-with-disks",
         run: stays_up,
     },
+    services::POWER_OFF,
+];
+
+/// Faults of networks; the guest ends.
+pub(super) const NETWORK: &[Test] = &[
+    Test {
+        name: "referee/faults/lossy-network",
+        run: lossy,
+    },
+    Test {
+        name: "referee/faults/network-stalls",
+        run: network_stalls,
+    },
+    Test {
+        name: "referee/faults/network-garbage",
+        run: garbage,
+    },
+    Test {
+        name: "referee/faults/host-stays-up-with-networks",
+        run: stays_up,
+    },
+    services::REBOOT,
 ];
 
 fn fault(session: &mut Session, device: &str, kind: &str, more: Value) -> Result<()> {
@@ -162,12 +188,106 @@ fn disk_stalls(session: &mut Session) -> Result<String> {
     Ok("requests wait beyond Linux's time limit, and go on when the host does".into())
 }
 
+/// Segments that TCP has sent again so far.
+fn sent_again(session: &mut Session) -> Result<u64> {
+    let again = "sed -n 's/^Tcp: \\([0-9]\\)/\\1/p' /proc/net/snmp | cut -d' ' -f 12";
+    Ok(session.sh(again)?.parse()?)
+}
+
+fn lossy(session: &mut Session) -> Result<String> {
+    network::ends(session)?;
+    let before = sent_again(session)?;
+    fault(
+        session,
+        WIRED[0],
+        "lossy-network",
+        json!({ "loss": 30, "duplication": 10, "reordering": 10 }),
+    )?;
+    network::fetch_both_ways(session, "large")?;
+    clear(session, WIRED[0])?;
+    let again = sent_again(session)? - before;
+    ensure!(again > 0, "TCP has sent nothing again: nothing was lost");
+    Ok(format!(
+        "files are the same both ways with losses, copies and disorder; {again} segments sent again"
+    ))
+}
+
+fn network_stalls(session: &mut Session) -> Result<String> {
+    network::ends(session)?;
+    for direction in ["to-guest", "to-host"] {
+        fault(
+            session,
+            WIRED[0],
+            "stall",
+            json!({ "direction": direction }),
+        )?;
+        session.fails("ping -q -c 3 -i 0.2 -W 1 192.0.2.2")?;
+        clear(session, WIRED[0])?;
+        network::reaches(session)?;
+    }
+    network::carries(session)?;
+    Ok("nothing comes through, then everything, whichever ring stands still".into())
+}
+
+/// Packets that no host may send. Linux's driver says what is wrong with them and goes on.
+///
+/// Only packets with frames are hit: a send that is never completed keeps Linux's driver waiting
+/// for ever when it closes the device. So the far end sends, and the near end says nothing.
+fn garbage(session: &mut Session) -> Result<String> {
+    const HIT: u64 = 3;
+    let ends = network::ends(session)?;
+    let silent = "/proc/sys/net/ipv4/icmp_echo_ignore_all";
+    session.sh(&format!(
+        "{THERE} arp -s 192.0.2.1 {ADDRESS} && echo 1 >{silent}"
+    ))?;
+    let count = "dmesg | grep -c hv_netvsc || true";
+    // All that were hit so far; what goes wrong ends.
+    let hits = |session: &mut Session| {
+        session.ctl("faults-clear", json!({ "device": WIRED[0] }))?["hits"]
+            .as_u64()
+            .context("hits")
+    };
+    let mut hit = hits(session)?;
+    let mut said = Vec::new();
+    for (kind, more) in [
+        ("truncate", json!({ "bytes": 4 })),
+        ("extend", json!({ "bytes": 64 })),
+        ("spoil", json!({ "at": 0 })),
+        ("spoil", json!({ "at": 8 })),
+        ("transaction-id", json!({})),
+    ] {
+        let before: u64 = session.sh(count)?.parse()?;
+        let mut arguments = more;
+        arguments["packets"] = json!(HIT);
+        fault(session, WIRED[0], kind, arguments)?;
+        session.fails(&format!("{THERE} ping -q -c 5 -i 0.1 -W 1 192.0.2.1"))?;
+        let now = hits(session)?;
+        ensure!(now - hit == HIT, "{kind}: {} packets were hit", now - hit);
+        hit = now;
+        let after: u64 = session.sh(count)?.parse()?;
+        said.push(format!("{kind} {}", after - before));
+    }
+    session.sh(&format!("{THERE} arp -d 192.0.2.1; echo 0 >{silent}"))?;
+    // What Linux did not give back has cost the host buffers; a channel that is opened anew is whole.
+    network::carries(session)?;
+    for mtu in [1400, 1500] {
+        session.sh(&format!("ip link set {} mtu {mtu}", ends.near))?;
+    }
+    network::ends(session)?;
+    network::carries(session)?;
+    Ok(format!(
+        "{HIT} frames each; complaints of hv_netvsc: {}; the adapter works on, and opened anew",
+        said.join(", ")
+    ))
+}
+
 fn stays_up(session: &mut Session) -> Result<String> {
+    log::no_trouble(session)?;
     let status = session.ctl("query-status", json!({}))?;
     ensure!(status["status"] == "running", "the host says {status}");
     let state = session.ctl_until("heartbeat", json!({}), |state| state["contact"] == "ok")?;
     Ok(format!(
-        "running, {} heartbeats answered",
+        "running, {} heartbeats answered, no trouble in the kernel's log",
         state["answered"]
     ))
 }

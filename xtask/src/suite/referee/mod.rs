@@ -2,7 +2,9 @@
 //! and tools say whether a device is what it should be.
 //!
 //! A boot is the dear part, so the tests of a group share one, in their order. After a test that
-//! ends the guest, or leaves it without an answer, those behind it get a new one.
+//! ends the guest, or leaves it without an answer, those behind it get a new one. The nested
+//! machine has one processor, so there each group has a machine of its own, and they run side by
+//! side.
 
 mod config;
 mod drivers;
@@ -13,9 +15,15 @@ mod log;
 mod network;
 mod services;
 mod session;
+mod sockets;
 mod storage;
 
-use std::{fs, time::Instant};
+use std::{
+    fs,
+    sync::{Mutex, PoisonError},
+    thread,
+    time::Instant,
+};
 
 use anyhow::{Context, Result, ensure};
 use vmm::config::Config;
@@ -26,7 +34,7 @@ use crate::{
     cli::Wish,
     guest,
     machine::{self, Choice, Clock, Ending, Kind, Machine, Purpose},
-    packages::Packages,
+    packages::{DiskTools, Packages},
     progress,
     referee::{CMDLINE, Contents, Guest, Image},
     workspace::Workspace,
@@ -51,18 +59,23 @@ pub struct Test {
 
 const GROUPS: &[Group] = &[
     Group {
-        config: config::everything,
+        config: config::disks,
         tests: &[
-            drivers::TESTS,
             storage::TESTS,
-            network::TESTS,
-            services::TESTS,
-            &[log::TEST, services::POWER_OFF],
+            &[log::OF_DISKS, storage::SOUND],
+            faults::DISKS,
         ],
     },
     Group {
-        config: config::faulty,
-        tests: &[faults::TESTS, &[services::REBOOT]],
+        config: config::everything_else,
+        tests: &[
+            drivers::TESTS,
+            network::TESTS,
+            services::TESTS,
+            sockets::TESTS,
+            &[log::OF_EVERYTHING_ELSE],
+            faults::NETWORK,
+        ],
     },
 ];
 
@@ -96,37 +109,73 @@ pub fn run(
         &packages.tools()?,
         &guest::build_agent(workspace)?,
     )?;
-    let machine =
-        &Machine::start_for(Purpose::TestMachine, workspace, packages, kind, Clock::Wall)?;
-    for (name, file) in [(KERNEL, &image.kernel), (INITRD, &image.initrd)] {
-        let content = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-        machine.put(name, &content)?;
-    }
-    for group in GROUPS {
-        let tests: Vec<_> = group
-            .tests
+    let chosen = |group: &'static Group| -> Vec<&'static Test> {
+        let tests = group.tests.iter().flat_map(|tests| *tests);
+        tests.filter(|test| test.name.contains(wanted)).collect()
+    };
+    let tools = packages.disk_tools()?;
+    let groups = GROUPS.iter().map(|group| (group, chosen(group)));
+    let groups: Vec<_> = groups.filter(|(_, tests)| !tests.is_empty()).collect();
+    let machine = |packages: &mut Packages| -> Result<Machine> {
+        let machine =
+            Machine::start_for(Purpose::TestMachine, workspace, packages, kind, Clock::Wall)?;
+        for (name, file) in [(KERNEL, &image.kernel), (INITRD, &image.initrd)] {
+            let content =
+                fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+            machine.put(name, &content)?;
+        }
+        Ok(machine)
+    };
+    if kind != Kind::Nested {
+        let machine = machine(packages)?;
+        let count = Mutex::new(count);
+        return groups
             .iter()
-            .flat_map(|tests| *tests)
-            .filter(|test| test.name.contains(wanted))
-            .collect();
-        run_group(group, &tests, machine, count)?;
+            .try_for_each(|(group, tests)| run_group(group, tests, (&machine, &tools), &count));
     }
-    Ok(())
+    // Everything is fetched and built once, not by each.
+    packages.qemu()?;
+    guest::build_vmm(workspace)?;
+    let count = Mutex::new(count);
+    let (machine, tools, count) = (&machine, &tools, &count);
+    thread::scope(|scope| {
+        let lanes = groups.iter().map(|(group, tests)| {
+            scope.spawn(move || {
+                let machine = machine(&mut Packages::new(&workspace.store())?)?;
+                run_group(group, tests, (&machine, tools), count)
+            })
+        });
+        let lanes: Vec<_> = lanes.collect();
+        lanes.into_iter().try_for_each(|lane| {
+            lane.join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    })
 }
 
-fn run_group(group: &Group, tests: &[&Test], machine: &Machine, count: &mut Count) -> Result<()> {
+/// What a group runs on, and what looks at its disks afterwards.
+type On<'a> = (&'a Machine, &'a DiskTools);
+
+/// What all groups count in.
+type Total<'a> = Mutex<&'a mut Count>;
+
+fn add(count: &Total, what: impl FnOnce(&mut Count)) {
+    what(&mut count.lock().unwrap_or_else(PoisonError::into_inner));
+}
+
+fn run_group(group: &Group, tests: &[&Test], on: On, count: &Total) -> Result<()> {
     let mut tests = tests.iter();
     let mut session: Option<Session> = None;
     while let Some(test) = tests.next() {
         let mut here = match session.take() {
             Some(session) => session,
-            None => match boot(group, machine, count) {
+            None => match boot(group, on, count) {
                 Ok(session) => session,
                 Err(error) => {
                     // Nothing that needs it can be said of the rest.
                     for test in [test].into_iter().chain(tests.by_ref()) {
                         println!("FAIL  {}: {error:#}", test.name);
-                        count.failed += 1;
+                        add(count, |count| count.failed += 1);
                     }
                     return Ok(());
                 }
@@ -141,12 +190,12 @@ fn run_group(group: &Group, tests: &[&Test], machine: &Machine, count: &mut Coun
         match result {
             Ok(checked) => {
                 println!("ok    {} ({seconds:.1} s): {checked}", test.name);
-                count.passed += 1;
+                add(count, |count| count.passed += 1);
             }
             Err(error) => {
-                println!("FAIL  {} ({seconds:.1} s): {error:#}", test.name);
-                println!("{}", here.report());
-                count.failed += 1;
+                let report = here.report();
+                println!("FAIL  {} ({seconds:.1} s): {error:#}\n{report}", test.name);
+                add(count, |count| count.failed += 1);
             }
         }
         session = here.answers().then_some(here);
@@ -156,12 +205,12 @@ fn run_group(group: &Group, tests: &[&Test], machine: &Machine, count: &mut Coun
 
 /// Boots Linux. It fails to come up about once in sixty times on the nested machine, which is
 /// the emulator's fault; so it is tried once more, and that is said.
-fn boot<'a>(group: &Group, machine: &'a Machine, count: &mut Count) -> Result<Session<'a>> {
-    match boot_once(group, machine)? {
-        (Err(error), _) if machine.kind() == Kind::Nested => {
+fn boot<'a>(group: &Group, on: On<'a>, count: &Total) -> Result<Session<'a>> {
+    match boot_once(group, on)? {
+        (Err(error), _) if on.0.kind() == Kind::Nested => {
             println!("AGAIN Linux does not come up: {error:#}");
-            let (guest, files) = boot_once(group, machine)?;
-            count.repeated += 1;
+            let (guest, files) = boot_once(group, on)?;
+            add(count, |count| count.repeated += 1);
             Ok(Session::new(guest?, files))
         }
         (guest, files) => Ok(Session::new(guest?, files)),
@@ -169,9 +218,9 @@ fn boot<'a>(group: &Group, machine: &'a Machine, count: &mut Count) -> Result<Se
 }
 
 /// Starts the VM and waits for Linux.
-fn boot_once<'a>(group: &Group, machine: &'a Machine) -> Result<(Result<Guest>, Files<'a>)> {
+fn boot_once<'a>(group: &Group, (machine, tools): On<'a>) -> Result<(Result<Guest>, Files<'a>)> {
     let start = Instant::now();
-    let files = Files::new(machine)?;
+    let files = Files::new(machine, tools)?;
     let mut config = (group.config)(&files)?;
     config.kernel = KERNEL.into();
     config.initrd = Some(INITRD.into());

@@ -46,19 +46,20 @@ pub(super) const TESTS: &[Test] = &[
 ];
 
 /// The two ends of the wire. The second is in a network namespace of its own.
-struct Ends {
-    near: String,
+pub(super) struct Ends {
+    pub(super) near: String,
     far: String,
 }
 
 /// Runs what follows in the namespace of the far end.
-const THERE: &str = "nsenter -t $(cat /tmp/far.pid) -n";
+pub(super) const THERE: &str = "nsenter -t $(cat /tmp/far.pid) -n";
 
-/// MiB of the file that is fetched.
-const FILE: u32 = 8;
+/// KiB of what is served: the one by which large transfers are judged, and what shows that any
+/// arrive. A frame costs milliseconds on the nested machine.
+const FILES: [(&str, u32); 2] = [("large", 1024), ("small", 192)];
 
 /// Brings up both ends, whatever state they are in.
-fn ends(session: &mut Session) -> Result<Ends> {
+pub(super) fn ends(session: &mut Session) -> Result<Ends> {
     let near = session.interface(WIRED[0])?;
     if !session.sh("ls /tmp")?.contains("far.pid") {
         let far = session.interface(WIRED[1])?;
@@ -77,8 +78,13 @@ fn ends(session: &mut Session) -> Result<Ends> {
          {THERE} ip address flush dev {far}; {THERE} ip address add 192.0.2.2/24 dev {far}; \
          {THERE} ip link set {far} up; {THERE} ip link set lo up"
     ))?;
-    session.until("ping -c 1 -W 1 192.0.2.2 >/dev/null")?;
+    reaches(session)?;
     Ok(Ends { near, far })
+}
+
+/// Waits until one end reaches the other.
+pub(super) fn reaches(session: &mut Session) -> Result<()> {
+    session.until("ping -q -c 1 -W 1 192.0.2.2 >/dev/null")
 }
 
 fn adapter(session: &mut Session) -> Result<String> {
@@ -114,29 +120,44 @@ fn adapter(session: &mut Session) -> Result<String> {
     ))
 }
 
-/// Serves a file at each end and fetches it from the other.
-fn fetch_both_ways(session: &mut Session) -> Result<()> {
-    session.sh(&format!(
-        "mkdir -p /tmp/www && [ -e /tmp/www/file ] || \
-         dd if=/dev/urandom of=/tmp/www/file bs=1M count={FILE} status=none; \
-         pidof httpd >/dev/null || {{ httpd -p 192.0.2.1:80 -h /tmp/www; \
-         {THERE} httpd -p 192.0.2.2:80 -h /tmp/www; }}"
-    ))?;
-    session.guest().run_ok(
-        "wget -q -O /tmp/a http://192.0.2.2/file && cmp /tmp/a /tmp/www/file",
-        LONG,
-    )?;
-    session.guest().run_ok(
-        &format!("{THERE} wget -q -O /tmp/b http://192.0.2.1/file && cmp /tmp/b /tmp/www/file"),
-        LONG,
-    )?;
-    session.sh("rm -f /tmp/a /tmp/b").map(drop)
+/// Serves the files at each end.
+pub(super) fn serve(session: &mut Session) -> Result<()> {
+    let make = FILES.map(|(name, kib)| {
+        format!("[ -e {name} ] || dd if=/dev/urandom of={name} bs=1k count={kib} status=none")
+    });
+    session
+        .sh(&format!(
+            "mkdir -p /tmp/www && cd /tmp/www && {} && pidof httpd >/dev/null || {{ \
+             httpd -p 192.0.2.1:80 -h /tmp/www; {THERE} httpd -p 192.0.2.2:80 -h /tmp/www; }}",
+            make.map(|one| format!("{{ {one}; }}")).join(" && ")
+        ))
+        .map(drop)
+}
+
+/// Fetches a file at each end from the other.
+pub(super) fn fetch_both_ways(session: &mut Session, file: &str) -> Result<()> {
+    serve(session)?;
+    for (there, server) in [("", "192.0.2.2"), (THERE, "192.0.2.1")] {
+        session.guest().run_ok(
+            &format!(
+                "{there} wget -q -O /tmp/got http://{server}/{file} && \
+                 cmp /tmp/got /tmp/www/{file} && rm /tmp/got"
+            ),
+            LONG,
+        )?;
+    }
+    Ok(())
+}
+
+/// The small file both ways: the network carries.
+pub(super) fn carries(session: &mut Session) -> Result<()> {
+    fetch_both_ways(session, "small")
 }
 
 fn http(session: &mut Session) -> Result<String> {
     ends(session)?;
-    fetch_both_ways(session)?;
-    Ok(format!("{FILE} MiB fetched each way, the same at the end"))
+    fetch_both_ways(session, "large")?;
+    Ok("1 MiB fetched each way, the same at the end".into())
 }
 
 fn without_offloads(session: &mut Session) -> Result<String> {
@@ -145,14 +166,12 @@ fn without_offloads(session: &mut Session) -> Result<String> {
     session.sh(&format!(
         "ethtool -K {near} {all} && {THERE} ethtool -K {far} {all}"
     ))?;
-    fetch_both_ways(session)?;
+    fetch_both_ways(session, "large")?;
     let all = "rx on tx on sg on gso on gro on tso on";
     session.sh(&format!(
         "ethtool -K {near} {all} && {THERE} ethtool -K {far} {all}"
     ))?;
-    Ok(format!(
-        "{FILE} MiB each way with Linux's own checksums and segments"
-    ))
+    Ok("1 MiB each way with Linux's own checksums and segments".into())
 }
 
 fn vlan(session: &mut Session) -> Result<String> {
@@ -164,11 +183,11 @@ fn vlan(session: &mut Session) -> Result<String> {
          {THERE} ip address add 198.51.100.2/24 dev tagged && {THERE} ip link set tagged up"
     ))?;
     session.until("ping -c 1 -W 1 198.51.100.2 >/dev/null")?;
-    session.sh(
-        "mkdir -p /tmp/vlan && cp /bin/busybox /tmp/vlan && httpd -p 198.51.100.1:81 -h /tmp/vlan",
-    )?;
+    serve(session)?;
     session.sh(&format!(
-        "{THERE} wget -q -O /tmp/v http://198.51.100.1:81/busybox && cmp /tmp/v /bin/busybox"
+        "httpd -p 198.51.100.1:81 -h /tmp/www && \
+         {THERE} wget -q -O /tmp/got http://198.51.100.1:81/small && \
+         cmp /tmp/got /tmp/www/small && rm /tmp/got"
     ))?;
     // Another number is another network.
     session.sh(&format!(
@@ -189,7 +208,7 @@ fn link(session: &mut Session) -> Result<String> {
     session.fails("ping -c 1 -W 1 192.0.2.2")?;
     session.ctl("link", json!({ "nic": WIRED[0], "up": true }))?;
     session.until(&format!("[ $(cat /sys/class/net/{near}/carrier) = 1 ]"))?;
-    session.until("ping -c 1 -W 1 192.0.2.2 >/dev/null")?;
+    reaches(session)?;
     Ok("carrier lost and found, and it carries again".into())
 }
 
@@ -200,13 +219,13 @@ fn mtu(session: &mut Session) -> Result<String> {
         session.sh(&format!(
             "ip link set {near} mtu {mtu} && {THERE} ip link set {far} mtu {mtu}"
         ))?;
-        ends(session)?;
+        reaches(session)?;
         let payload = mtu - 28;
-        session.sh(&format!("ping -c 2 -W 5 -s {payload} 192.0.2.2"))?;
         let packets = format!("$(cat /sys/class/net/{near}/statistics/tx_packets)");
         let sent: u32 = session
             .sh(&format!(
-                "a={packets}; ping -c 4 -W 5 -s {payload} 192.0.2.2 >/dev/null; echo $(({packets} - a))"
+                "a={packets}; ping -q -i 0.1 -c 4 -W 5 -s {payload} 192.0.2.2 >/dev/null && \
+                 echo $(({packets} - a))"
             ))?
             .parse()?;
         ensure!(
@@ -214,7 +233,7 @@ fn mtu(session: &mut Session) -> Result<String> {
             "4 packets of {mtu} bytes went as {sent}"
         );
     }
-    fetch_both_ways(session)?;
+    carries(session)?;
     Ok("1400, 9000 and 1500: whole packets, and a file afterwards".into())
 }
 
@@ -235,6 +254,7 @@ fn channels(session: &mut Session) -> Result<String> {
         table == cpus,
         "the indirection table leads to {table} channels"
     );
+    serve(session)?;
     // Several connections spread over the channels of both.
     let spread = |session: &mut Session, interface: &str, there: &str| {
         session.sh(&format!(
@@ -242,7 +262,7 @@ fn channels(session: &mut Session) -> Result<String> {
         ))
     };
     session.guest().run_ok(
-        "head -c 1000000 /tmp/www/file >/tmp/www/part; for n in 1 2 3 4 5 6 7 8 9 10 11 12; do \
+        "head -c 20000 /tmp/www/small >/tmp/www/part; for n in $(seq 12); do \
          wget -q -O /dev/null http://192.0.2.2/part & done; wait",
         LONG,
     )?;
@@ -253,12 +273,12 @@ fn channels(session: &mut Session) -> Result<String> {
     );
     let there = spread(session, &far, THERE)?;
     session.sh(&format!("ethtool -L {near} combined 2"))?;
-    ends(session)?;
+    reaches(session)?;
     let two = combined(session)?;
     ensure!(two == "2", "asked for 2 channels, Linux uses {two}");
-    fetch_both_ways(session)?;
+    carries(session)?;
     session.sh(&format!("ethtool -L {near} combined {cpus}"))?;
-    ends(session)?;
+    reaches(session)?;
     Ok(format!(
         "{all} channels, 12 connections came in on {used} of them here and {there} there; with 2, and with {cpus} again"
     ))
@@ -274,6 +294,6 @@ fn bind(session: &mut Session) -> Result<String> {
         session.interface(WIRED[0])?;
     }
     ends(session)?;
-    fetch_both_ways(session)?;
+    carries(session)?;
     Ok("taken from the driver and given back, twice; a file afterwards".into())
 }

@@ -201,7 +201,7 @@ fn memory(session: &mut Session, what: &str) -> Result<u64> {
 }
 
 fn balloon(session: &mut Session) -> Result<String> {
-    const TAKE: u64 = 128;
+    const TAKE: u64 = 64;
     session.sh("echo 3 >/proc/sys/vm/drop_caches")?;
     let whole = session.ctl("query-balloon", json!({}))?["actual-mib"]
         .as_u64()
@@ -226,9 +226,12 @@ fn balloon(session: &mut Session) -> Result<String> {
         "of {before} MiB free, {after} have come back"
     );
     // The memory that came back is memory.
+    ensure!(after > TAKE + 32, "Linux has only {after} MiB left");
     session.sh(&format!(
-        "dd if=/dev/zero of=/tmp/fill bs=1M count={} status=none && md5sum /tmp/fill && rm /tmp/fill",
-        after.min(200)
+        "mkdir -p /mnt/fill && mount -t tmpfs -o size=95% none /mnt/fill && \
+         dd if=/dev/zero of=/mnt/fill/zeros bs=1M count={} status=none; \
+         status=$?; umount /mnt/fill; exit $status",
+        after - 32
     ))?;
     Ok(format!(
         "{TAKE} of {whole} MiB given and taken back; Linux's free memory {before}, {with}, {after} MiB"
