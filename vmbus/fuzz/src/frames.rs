@@ -88,7 +88,7 @@ fn v6(protocol: u8, body: &[u8]) -> Vec<u8> {
 fn tcp(options: &[u8], body: &[u8]) -> Vec<u8> {
     let mut bytes = vec![0; 20];
     bytes[..8].copy_from_slice(&[0x1F, 0x90, 0, 80, 0xFF, 0xFF, 0xFF, 0x00]);
-    bytes[12] = ((20 + options.len()) / 4 << 4) as u8;
+    bytes[12] = ((5 + options.len() / 4) << 4) as u8;
     // CWR, ACK, PSH, FIN: some are the first's alone, some the last's.
     bytes[13] = 0x99;
     [&bytes, options, body].concat()

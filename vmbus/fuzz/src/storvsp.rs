@@ -224,11 +224,8 @@ impl Guest {
         self.memory.read(0, &mut content).expect("in bounds");
         // In order of where they begin.
         let mut lent_to = 0;
-        for range in touched
-            .iter()
-            .cloned()
-            .chain([content.len()..content.len()])
-        {
+        let end = content.len()..content.len();
+        for range in touched.iter().cloned().chain(std::iter::once(end)) {
             if let Some(between) = content.get(lent_to..range.start) {
                 let same = between == &[CONTENT; PAGES * PAGE_SIZE][..between.len()];
                 assert!(same, "bytes {lent_to}..{} were not lent", range.start);

@@ -136,10 +136,11 @@ impl Wire {
                 self.created.remove(&handle);
                 self.busy.remove(&handle);
             }
-            Event::Opened { channel, result } => {
-                if result.is_ok() {
-                    self.opened.insert(channel);
-                }
+            Event::Opened {
+                channel,
+                result: Ok(()),
+            } => {
+                self.opened.insert(channel);
             }
             Event::Violation(violation) => panic!("the host: {violation:?}"),
             Event::ConnectFailed(error) => panic!("{error}"),
