@@ -9,7 +9,7 @@ use rustix::{
     system::{RebootCommand, init_module, reboot},
 };
 
-use crate::{referee, shell};
+use crate::{fetch, load, referee, shell};
 
 /// Name of the virtio port that leads to `xtask`.
 const PORT: &str = "enlit";
@@ -22,8 +22,19 @@ const MODULES: &str = "/modules";
 
 pub(crate) fn main() {
     if process::id() != 1 {
-        eprintln!("error: the agent is the first process of a Linux VM and runs nowhere else");
-        process::exit(1);
+        let words: Vec<_> = env::args().collect();
+        let result = match words.get(1).map(String::as_str) {
+            Some("fetch") => fetch::main(words.get(2..).unwrap_or_default()),
+            Some("load") => load::main(words.get(2..).unwrap_or_default()),
+            _ => Err(io::Error::other(
+                "the agent is the first process of a Linux VM and runs nowhere else",
+            )),
+        };
+        if let Err(error) = result {
+            eprintln!("error: {error}");
+            process::exit(1);
+        }
+        return;
     }
     // Words that the kernel does not know come before it.
     let role = env::args().next_back();

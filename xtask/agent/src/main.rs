@@ -9,7 +9,11 @@
 #![forbid(unsafe_code)]
 
 #[cfg(target_os = "linux")]
+mod fetch;
+#[cfg(target_os = "linux")]
 mod init;
+#[cfg(target_os = "linux")]
+mod load;
 #[cfg(target_os = "linux")]
 mod referee;
 #[cfg(target_os = "linux")]

@@ -58,13 +58,14 @@ Measure disk and network of the test machine with Linux, beside QEMU's virtio.
 
 Debian's Linux boots twice on the nested machine: on the test machine, with its Hyper-V drivers, and on QEMU, \
 with virtio-blk and virtio-net. Both have the same kernel, initial RAM file system, memory, processors, kind of \
-disk and kind of network. Then both run the same workloads in turns: random and sequential requests to the disk (fio), \
-and files over TCP both ways.
+disk and kind of network. Then both run the same workloads in turns: random and sequential requests to the disk, \
+past the guest's page cache, and files over TCP both ways.
 
 The tables show speeds, VM exits for each I/O or MiB, and the ratio of the two, ours to QEMU's; each \
 ratio is of two runs that follow each other. Exits are counted by the trace of the KVM that runs both, by \
 reason; console and interrupts of the host are left out, and so is what starting a workload costs by itself. \
-Speeds on the nested machine mean little, their ratio says more.";
+Speeds are by the nested machine's clock, which counts one nanosecond for each instruction of guest and host together, so \
+that nothing else that this computer does is in them; with --wall they are by the computer's own.";
 
 const MEMORY: &str = "\
 Find the least memory that an appliance boots in.

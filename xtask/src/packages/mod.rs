@@ -45,9 +45,6 @@ const TOOLS: [&str; 8] = [
     "xxhash",
 ];
 
-/// Packages of what measures the Linux guest's disks and networks.
-const METERS: [&str; 2] = ["busybox-static", "fio"];
-
 /// Where packages are kept, and the one apt that fetches them.
 #[derive(Debug)]
 pub struct Packages {
@@ -178,29 +175,16 @@ impl Packages {
 
     /// The tools of the Linux guest, with their libraries.
     pub fn tools(&mut self) -> Result<Tree, Problem> {
-        self.programs("tools", &TOOLS)
-    }
-
-    /// What measures the Linux guest's disks and networks, with its libraries.
-    pub fn meters(&mut self) -> Result<Tree, Problem> {
-        self.programs("meters", &METERS)
-    }
-
-    /// A set of packages for a guest, with their libraries.
-    fn programs(&mut self, name: &str, packages: &[&str]) -> Result<Tree, Problem> {
         // Another list is another set.
-        let name = format!("{name}-{}", key(&[packages.join(" ").as_bytes()]));
+        let name = format!("tools-{}", key(&[TOOLS.join(" ").as_bytes()]));
         self.set(&name, |apt, into| {
             // What else these packages want is for installing them.
-            let is_library = |name: &str| {
-                let language = ["perl", "python"].iter().any(|word| name.contains(word));
-                name.starts_with("lib") && !language
-            };
+            let is_library = |name: &str| name.starts_with("lib") && !name.contains("perl");
             let mut names = Vec::new();
-            for package in packages {
+            for package in TOOLS {
                 names.extend(apt.closure_names(package, None)?);
             }
-            names.retain(|name| packages.contains(&name.as_str()) || is_library(name));
+            names.retain(|name| TOOLS.contains(&name.as_str()) || is_library(name));
             names.sort();
             names.dedup();
             apt.download(&names, None, into)

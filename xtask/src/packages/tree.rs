@@ -10,12 +10,8 @@ use std::{
 /// that leads out of the tree.
 const LOADER: &str = "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
 
-/// Library directories of an unpacked tree. The last is that of Ceph's own, which fio comes with.
-const LIBRARIES: [&str; 3] = [
-    "lib/x86_64-linux-gnu",
-    "usr/lib/x86_64-linux-gnu",
-    "usr/lib/x86_64-linux-gnu/ceph",
-];
+/// Library directories of an unpacked tree.
+const LIBRARIES: [&str; 2] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
 
 /// Where a distribution keeps programs.
 const PROGRAMS: [&str; 4] = ["bin", "sbin", "usr/bin", "usr/sbin"];

@@ -31,12 +31,15 @@ pub struct Options {
     /// Rounds; in each, every workload runs on both
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
-    /// Seconds of each workload of the disk
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=60))]
-    seconds: u32,
+    /// Milliseconds of each workload of the disk, by the machine's clock
+    #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u32).range(10..=60_000))]
+    span: u32,
     /// Only workloads whose names hold this text
     #[arg(long, value_name = "TEXT", default_value = "")]
     filter: String,
+    /// Take the computer's own clock; without it the emulated processor runs one instruction each nanosecond
+    #[arg(long)]
+    wall: bool,
     /// Print one JSON object instead of tables
     #[arg(long)]
     json: bool,
@@ -62,7 +65,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     );
     let workspace = Workspace::find()?;
     let mut packages = Packages::new(&workspace.store())?;
-    let tools = packages.meters()?;
+    let tools = packages.tools()?;
     let image = Image::prepare(
         &workspace.store(),
         &packages.linux()?,
@@ -75,7 +78,12 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         "machine: {} (its KVM's trace is ours to read)",
         Kind::Nested
     );
-    let machine = Machine::start(&workspace, &mut packages, Kind::Nested, Clock::Wall)?;
+    let clock = if options.wall {
+        Clock::Wall
+    } else {
+        Clock::Instructions
+    };
+    let machine = Machine::start(&workspace, &mut packages, Kind::Nested, clock)?;
     machine.write(SCHEDULER.0, SCHEDULER.1)?;
     let busybox = tools
         .program("busybox")
@@ -121,7 +129,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
                 workload.name()
             ));
             let amount = Amount::Full {
-                seconds: options.seconds,
+                milliseconds: options.span,
             };
             ours.runs.push(enlit.run(workload, amount, &counter)?);
             theirs.runs.push(qemu.run(workload, amount, &counter)?);
@@ -171,12 +179,12 @@ fn conditions(release: &str, options: &Options) -> Vec<String> {
         "  enlit-vmm    hv_storvsc and hv_netvsc by VMBus, Hyper-V's enlightenments".into(),
         "  QEMU         virtio-blk (with an I/O thread) and virtio-net by PCI, KVM's enlightenments".into(),
         format!(
-            "disk: a raw file of {DISK_MIB} MiB in the machine's memory, written through its page cache; fio, libaio, O_DIRECT"
+            "disk: a raw file of {DISK_MIB} MiB in the machine's memory, written through its page cache; O_DIRECT, a thread for each request under way"
         ),
         "network: TAP to the machine's TCP stack, MTU 1500, offloads on, no vhost; a file by HTTP".into(),
         format!(
-            "{} rounds in turns, the disk's of {} s; medians. Exits by KVM's trace, less those of starting the workload.",
-            options.runs, options.seconds
+            "{} rounds in turns, the disk's of {} ms; medians. Exits by KVM's trace, less those of starting the workload.",
+            options.runs, options.span
         ),
     ]
 }

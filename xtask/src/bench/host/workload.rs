@@ -1,6 +1,6 @@
-//! What the guests are made to do: requests to a disk by fio, files over the network by HTTP; and what is read of it.
+//! What the guests are made to do: requests to a disk, files over the network by HTTP; and what is read of it.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, bail};
 
 /// Bytes of a MiB.
 const MIB: f64 = (1 << 20) as f64;
@@ -152,81 +152,67 @@ impl Workload {
 pub enum Amount {
     /// As little as it can: what starting it costs.
     Least,
-    /// All: so many seconds of requests, or a whole file.
-    Full { seconds: u32 },
+    /// All: so many milliseconds of requests, or a whole file.
+    Full { milliseconds: u32 },
 }
 
 impl Disk {
-    /// The command for a disk of this name.
+    /// The command for a disk of this name: a role of our first process.
     pub fn command(&self, device: &str, amount: Amount) -> String {
-        let direction = match (self.pattern, self.write) {
-            (Pattern::Random, false) => "randread",
-            (Pattern::Random, true) => "randwrite",
-            (Pattern::Sequential, false) => "read",
-            (Pattern::Sequential, true) => "write",
+        let verb = if self.write { "write" } else { "read" };
+        let pattern = match self.pattern {
+            Pattern::Random => "random",
+            Pattern::Sequential => "sequential",
         };
-        let amount = match amount {
-            Amount::Least => "--number_ios=1".to_owned(),
-            Amount::Full { seconds } => format!("--time_based --runtime={seconds}"),
+        let milliseconds = match amount {
+            Amount::Least => 0,
+            Amount::Full { milliseconds } => milliseconds,
         };
-        format!(
-            "fio --name=host --filename=/dev/{device} --thread --direct=1 --ioengine=libaio --norandommap \
-             --gtod_reduce=1 --disk_util=0 --minimal --terse-version=3 --rw={direction} --bs={}k \
-             --iodepth={} {amount}",
-            self.kib, self.depth
-        )
+        let (bytes, depth) = (self.kib * 1024, self.depth);
+        format!("/init load /dev/{device} {verb} {pattern} {bytes} {depth} {milliseconds}")
     }
 
-    /// What fio says of its run.
+    /// What it says of its run.
     ///
     /// # Errors
-    /// When it failed, or says something else.
+    /// When it says something else.
     pub fn read(&self, said: &str) -> Result<Done> {
-        /// Fields of a line of the third terse version (fio(1), TERSE OUTPUT), from 0.
-        const ERROR: usize = 4;
-        const READ_KIB: usize = 5;
-        const READ_MILLISECONDS: usize = 8;
-        const WRITTEN_KIB: usize = 46;
-        const WRITE_MILLISECONDS: usize = 49;
-        let line = said.lines().find(|line| line.starts_with("3;"));
-        let fields: Vec<_> = line.unwrap_or_default().split(';').collect();
-        let field = |index: usize| fields.get(index)?.parse::<u32>().ok();
-        let (kib, milliseconds) = if self.write {
-            (field(WRITTEN_KIB), field(WRITE_MILLISECONDS))
-        } else {
-            (field(READ_KIB), field(READ_MILLISECONDS))
+        let Some([requests, nanoseconds]) = two_numbers(said) else {
+            bail!("what was done to the disk cannot be read: {said}");
         };
-        let numbers = || Some((field(ERROR)?, kib?, milliseconds?));
-        let (error, kib, milliseconds) =
-            numbers().with_context(|| format!("fio says something else than a line: {said}"))?;
-        ensure!(error == 0, "fio ended with the error {error}");
         Ok(Done {
-            requests: f64::from(kib) / f64::from(self.kib),
-            bytes: f64::from(kib) * 1024.0,
-            seconds: f64::from(milliseconds) / 1000.0,
+            requests,
+            bytes: requests * f64::from(self.kib) * 1024.0,
+            seconds: nanoseconds / 1e9,
         })
     }
 }
 
-/// The shell's command for fetching a file, with the time before and after.
-pub fn fetch(url: &str) -> String {
-    format!(
-        "read a x </proc/uptime && wget -q -O /dev/null {url} && read b x </proc/uptime && echo $a $b"
-    )
+/// The command for fetching a file: a role of our first process, at either end.
+pub fn fetch(address: &str, file: &str) -> String {
+    format!("/init fetch {address} /{file}")
 }
 
-/// What [`fetch`] says of a file of so many bytes.
-pub fn fetched(said: &str, bytes: u32) -> Result<Done> {
-    let times = said.split_whitespace().map(str::parse::<f64>);
-    let times = times.collect::<Result<Vec<_>, _>>();
-    let Ok([begin, end]) = times.as_deref() else {
-        anyhow::bail!("the time of a fetched file cannot be read: {said}");
+/// What [`fetch`] says: bytes and nanoseconds.
+///
+/// # Errors
+/// When it says something else.
+pub fn fetched(said: &str) -> Result<Done> {
+    let Some([bytes, nanoseconds]) = two_numbers(said) else {
+        bail!("what was fetched cannot be read: {said}");
     };
     Ok(Done {
         requests: 1.0,
-        bytes: f64::from(bytes),
-        seconds: end - begin,
+        bytes,
+        seconds: nanoseconds / 1e9,
     })
+}
+
+fn two_numbers(said: &str) -> Option<[f64; 2]> {
+    let mut words = said.split_whitespace();
+    let mut next = || words.next()?.parse().ok();
+    let numbers = [next()?, next()?];
+    words.next().is_none().then_some(numbers)
 }
 
 /// What was done.
@@ -267,20 +253,9 @@ mod tests {
         depth: 32,
     };
 
-    /// A line of fio's with these numbers at their places.
-    fn line(error: &str, read: [&str; 2], written: [&str; 2]) -> String {
-        let mut fields = vec!["0"; 130];
-        fields[0] = "3";
-        fields[4] = error;
-        [fields[5], fields[8]] = read;
-        [fields[46], fields[49]] = written;
-        format!("a warning first\n{}\n", fields.join(";"))
-    }
-
     #[test]
     fn requests_and_speed_come_from_bytes_and_time() {
-        let said = line("0", ["8192", "2000"], ["0", "0"]);
-        let done = READS.read(&said).unwrap();
+        let done = READS.read("2048 2000000000\n").unwrap();
         assert_eq!(done.amount(Unit::Requests), 2048.0);
         assert_eq!(done.speed(Unit::Requests), 1024.0);
         assert_eq!(done.amount(Unit::Mebibytes), 8.0);
@@ -289,24 +264,19 @@ mod tests {
             kib: 128,
             ..READS
         };
-        let said = line("0", ["0", "0"], ["100000", "1000"]);
-        let done = writes.read(&said).unwrap();
-        assert_eq!(done.speed(Unit::Mebibytes), 102.4);
-    }
-
-    #[test]
-    fn a_failed_run_is_no_number() {
-        assert!(READS.read(&line("5", ["1", "1"], ["0", "0"])).is_err());
-        assert!(READS.read("fio: cannot open /dev/sda\n").is_err());
-        assert!(READS.read("3;fio-3.33;host;0;0;").is_err());
+        let done = writes.read("1000 1000000000").unwrap();
+        assert_eq!(done.speed(Unit::Mebibytes), 131.072);
+        assert!(READS.read("error: no such disk").is_err());
+        assert!(READS.read("12").is_err());
     }
 
     #[test]
     fn a_file_is_timed_by_the_one_who_fetches_it() {
-        let done = fetched("12.50 14.50\n", 4_000_000).unwrap();
+        let done = fetched("4000000 2000000000\n").unwrap();
         assert_eq!(done.speed(Unit::Mebibytes), 2.0);
-        assert!(fetched("wget: refused\n", 1).is_err());
-        assert!(fetched("12.5\n", 1).is_err());
+        assert!(fetched("error: refused\n").is_err());
+        assert!(fetched("12\n").is_err());
+        assert!(fetched("1 2 3\n").is_err());
     }
 
     #[test]
@@ -322,8 +292,8 @@ mod tests {
     #[test]
     fn the_least_of_a_workload_is_one_request() {
         let command = READS.command("sda", Amount::Least);
-        assert!(command.contains("/dev/sda") && command.contains("--number_ios=1"));
-        let command = READS.command("sda", Amount::Full { seconds: 2 });
-        assert!(command.contains("--runtime=2") && command.contains("--rw=randread"));
+        assert_eq!(command, "/init load /dev/sda read random 4096 32 0");
+        let command = READS.command("sda", Amount::Full { milliseconds: 200 });
+        assert_eq!(command, "/init load /dev/sda read random 4096 32 200");
     }
 }
