@@ -48,11 +48,6 @@ pub const TESTS: &[Test] = &[
         run: balloon,
     },
     Test {
-        name: "test-machine/balloon-more-than-can-be-given",
-        needs: Needs::HyperV,
-        run: too_much,
-    },
-    Test {
         name: "test-machine/clock",
         needs: Needs::HyperV,
         run: clock,
@@ -216,33 +211,6 @@ fn balloon(stand: &mut Stand) -> Result<String> {
         well_behaved(vm)
     })?;
     Ok(format!("{whole} MiB to {half} MiB and back"))
-}
-
-fn too_much(stand: &mut Stand) -> Result<String> {
-    let config = hello(stand, "status=1")?;
-    let whole = u64::from(config.memory_mib);
-    let left = stand.with_vmm(&config, |vm| {
-        vm.expect(READY, PATIENCE)?;
-        vm.ctl("balloon", json!({ "target-mib": 1 }))?;
-        // It says that it gave less than was asked for ...
-        vm.expect(r"balloon .* [1-9]\d* requests cut", PATIENCE)?;
-        let left = vm.ctl("query-balloon", json!({}))?["actual-mib"]
-            .as_u64()
-            .context("actual-mib")?;
-        ensure!(
-            (2..whole).contains(&left),
-            "{left} of {whole} MiB are left to the guest"
-        );
-        // ... is alive, and takes everything back.
-        vm.ctl("balloon", json!({ "target-mib": whole }))?;
-        vm.event("BALLOON", PATIENCE, |data| data["actual-mib"] == whole)?;
-        vm.expect(r"memory .*\b0 KiB ballooned", PATIENCE)?;
-        well_behaved(vm)?;
-        Ok(left)
-    })?;
-    Ok(format!(
-        "asked for all but 1 MiB, the guest kept {left} MiB, said so, and took the rest back"
-    ))
 }
 
 fn clock(stand: &mut Stand) -> Result<String> {
