@@ -186,5 +186,10 @@ fn conditions(release: &str, options: &Options) -> Vec<String> {
             "{} rounds in turns, the disk's of {} ms; medians. Exits by KVM's trace, less those of starting the workload.",
             options.runs, options.span
         ),
+        if options.wall {
+            "Times are by the computer's clock, and whatever else it does is in them.".into()
+        } else {
+            "Times are by counted instructions of guest and machine together, one a nanosecond.".into()
+        },
     ]
 }
