@@ -15,10 +15,10 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 
-pub use self::options::Disk;
-use self::{
-    console::Console,
-    options::{Forward, Net},
+use self::{console::Console, options::Net};
+pub use self::{
+    network::Passt,
+    options::{Disk, Forward},
 };
 use crate::{
     cli::{What, memory},

@@ -34,6 +34,9 @@ pub const VHDX: [(u8, &str); 3] = [
 /// Two network adapters on one wire.
 pub const WIRED: [&str; 2] = ["net0", "net1"];
 
+/// A network adapter in the user's own network.
+pub const USER: &str = "user";
+
 /// The address of the first of them.
 pub const ADDRESS: &str = "00:15:5d:0e:71:17";
 
@@ -90,6 +93,14 @@ pub fn everything_else(files: &Files) -> Result<Config> {
     config.devices.extend([
         card(WIRED[0], Some(ADDRESS))?,
         card(WIRED[1], None)?,
+        Device::Net(Network {
+            name: USER.into(),
+            mac: None,
+            mtu: 1500,
+            queues: 1,
+            backend: files.user_network()?,
+            pcap: None,
+        }),
         Device::TimeSync(Plain::default()),
         Device::Kvp(Plain::default()),
         Device::Balloon(Balloon {

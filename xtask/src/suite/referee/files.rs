@@ -2,8 +2,10 @@
 //! place for sockets.
 
 use std::{
+    cell::RefCell,
     fs::{self, File},
     hash::Hasher,
+    net::{Ipv4Addr, TcpListener},
     ops::Range,
     os::unix::fs::FileExt,
     path::PathBuf,
@@ -15,12 +17,12 @@ use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 use twox_hash::XxHash64;
 use vhdx::{Settings, create};
-use vmm::config::Lun;
+use vmm::config::{Backend, Lun};
 
-use super::iso;
+use super::{On, iso, user_network};
 use crate::{
     machine::{Access, Machine},
-    packages::DiskTools,
+    run::{Forward, Passt},
 };
 
 /// What the file on the DVD says.
@@ -38,18 +40,19 @@ const SOURCE_BYTES: usize = COPY_BYTES + (64 << 10);
 
 /// Files of one boot. They go with it.
 pub struct Files<'a> {
-    machine: &'a Machine,
-    tools: &'a DiskTools,
+    on: On<'a>,
+    /// The user's network, and the port of this computer that leads into it.
+    user_network: RefCell<Option<(Passt, u16)>>,
     directory: TempDir,
     source: Vec<u8>,
 }
 
 impl<'a> Files<'a> {
     /// No files yet.
-    pub fn new(machine: &'a Machine, tools: &'a DiskTools) -> Result<Self> {
+    pub fn new(on: On<'a>) -> Result<Self> {
         Ok(Self {
-            machine,
-            tools,
+            on,
+            user_network: RefCell::new(None),
             // A socket's path must be short.
             directory: tempfile::tempdir().context("cannot make a scratch directory")?,
             source: pattern(SOURCE_BYTES),
@@ -63,7 +66,32 @@ impl<'a> Files<'a> {
 
     /// The machine that the VM runs on.
     pub fn machine(&self) -> &Machine {
-        self.machine
+        self.on.machine
+    }
+
+    /// The user's network, with a port of this computer that leads to the guest.
+    pub fn user_network(&self) -> Result<Backend> {
+        // Should another take the port before passt does, the test fails and says so.
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let host = free.local_addr()?.port();
+        drop(free);
+        let port = Forward {
+            address: Ipv4Addr::LOCALHOST.into(),
+            host,
+            guest: user_network::PORT,
+            udp: false,
+        };
+        let passt = Passt::start(self.on.passt, &[port])?;
+        let socket = self.on.machine.reach(passt.socket())?;
+        *self.user_network.borrow_mut() = Some((passt, host));
+        Ok(Backend::Passt(socket.into()))
+    }
+
+    /// The port of this computer that leads to the guest.
+    pub fn forwarded(&self) -> Result<u16> {
+        let network = self.user_network.borrow();
+        let (_, port) = network.as_ref().context("there is no user's network")?;
+        Ok(*port)
     }
 
     /// A raw disk of zeros.
@@ -101,7 +129,7 @@ impl<'a> Files<'a> {
     fn disk(&self, lun: u8, name: &str, access: Access) -> Result<Lun> {
         Ok(Lun {
             lun,
-            file: Some(self.machine.share(&self.path(name), access)?.into()),
+            file: Some(self.on.machine.share(&self.path(name), access)?.into()),
             memory_mib: None,
             read_only: access == Access::Read,
         })
@@ -134,7 +162,7 @@ impl<'a> Files<'a> {
         if sector != 512 {
             return Ok(fs::remove_file(copy)?);
         }
-        let (program, arguments) = self.tools.img.split_first().context("no qemu-img")?;
+        let (program, arguments) = self.on.tools.img.split_first().context("no qemu-img")?;
         let output = Command::new(program)
             .args(arguments)
             .args(["check", "-f", "vhdx"])

@@ -17,9 +17,11 @@ mod services;
 mod session;
 mod sockets;
 mod storage;
+mod user_network;
 
 use std::{
     fs,
+    path::Path,
     sync::{Mutex, PoisonError},
     thread,
     time::Instant,
@@ -71,6 +73,7 @@ const GROUPS: &[Group] = &[
         tests: &[
             drivers::TESTS,
             network::TESTS,
+            user_network::TESTS,
             services::TESTS,
             sockets::TESTS,
             &[log::OF_EVERYTHING_ELSE],
@@ -114,9 +117,10 @@ pub fn run(
         tests.filter(|test| test.name.contains(wanted)).collect()
     };
     let tools = packages.disk_tools()?;
+    let passt = packages.passt()?;
     let groups = GROUPS.iter().map(|group| (group, chosen(group)));
     let groups: Vec<_> = groups.filter(|(_, tests)| !tests.is_empty()).collect();
-    let machine = |packages: &mut Packages| -> Result<Machine> {
+    let start = |packages: &mut Packages| -> Result<Machine> {
         let machine =
             Machine::start_for(Purpose::TestMachine, workspace, packages, kind, Clock::Wall)?;
         for (name, file) in [(KERNEL, &image.kernel), (INITRD, &image.initrd)] {
@@ -127,22 +131,33 @@ pub fn run(
         Ok(machine)
     };
     if kind != Kind::Nested {
-        let machine = machine(packages)?;
+        let machine = &start(packages)?;
+        let (tools, passt) = (&tools, passt.as_path());
+        let on = On {
+            machine,
+            tools,
+            passt,
+        };
         let count = Mutex::new(count);
         return groups
             .iter()
-            .try_for_each(|(group, tests)| run_group(group, tests, (&machine, &tools), &count));
+            .try_for_each(|(group, tests)| run_group(group, tests, on, &count));
     }
     // Everything is fetched and built once, not by each.
     packages.qemu()?;
     guest::build_vmm(workspace)?;
     let count = Mutex::new(count);
-    let (machine, tools, count) = (&machine, &tools, &count);
+    let (start, tools, passt, count) = (&start, &tools, passt.as_path(), &count);
     thread::scope(|scope| {
         let lanes = groups.iter().map(|(group, tests)| {
             scope.spawn(move || {
-                let machine = machine(&mut Packages::new(&workspace.store())?)?;
-                run_group(group, tests, (&machine, tools), count)
+                let machine = &start(&mut Packages::new(&workspace.store())?)?;
+                let on = On {
+                    machine,
+                    tools,
+                    passt,
+                };
+                run_group(group, tests, on, count)
             })
         });
         let lanes: Vec<_> = lanes.collect();
@@ -153,8 +168,15 @@ pub fn run(
     })
 }
 
-/// What a group runs on, and what looks at its disks afterwards.
-type On<'a> = (&'a Machine, &'a DiskTools);
+/// What a group runs on, and with.
+#[derive(Clone, Copy)]
+pub struct On<'a> {
+    machine: &'a Machine,
+    /// What looks at its disks afterwards.
+    tools: &'a DiskTools,
+    /// The program.
+    passt: &'a Path,
+}
 
 /// What all groups count in.
 type Total<'a> = Mutex<&'a mut Count>;
@@ -207,7 +229,7 @@ fn run_group(group: &Group, tests: &[&Test], on: On, count: &Total) -> Result<()
 /// the emulator's fault; so it is tried once more, and that is said.
 fn boot<'a>(group: &Group, on: On<'a>, count: &Total) -> Result<Session<'a>> {
     match boot_once(group, on)? {
-        (Err(error), _) if on.0.kind() == Kind::Nested => {
+        (Err(error), _) if on.machine.kind() == Kind::Nested => {
             println!("AGAIN Linux does not come up: {error:#}");
             let (guest, files) = boot_once(group, on)?;
             add(count, |count| count.repeated += 1);
@@ -218,14 +240,14 @@ fn boot<'a>(group: &Group, on: On<'a>, count: &Total) -> Result<Session<'a>> {
 }
 
 /// Starts the VM and waits for Linux.
-fn boot_once<'a>(group: &Group, (machine, tools): On<'a>) -> Result<(Result<Guest>, Files<'a>)> {
+fn boot_once<'a>(group: &Group, on: On<'a>) -> Result<(Result<Guest>, Files<'a>)> {
     let start = Instant::now();
-    let files = Files::new(machine, tools)?;
+    let files = Files::new(on)?;
     let mut config = (group.config)(&files)?;
     config.kernel = KERNEL.into();
     config.initrd = Some(INITRD.into());
     config.cmdline = CMDLINE.to_owned();
-    let vm = machine.run_vmm(&config)?;
+    let vm = on.machine.run_vmm(&config)?;
     let guest = {
         let _step = progress::step("booting Linux");
         Guest::come_up(vm)
