@@ -102,6 +102,12 @@ impl Device {
             ..Self::new(self.interface, self.instance)
         }
     }
+
+    /// The same channel of the same device.
+    fn is_same(&self, other: &Self) -> bool {
+        let key = |device: &Self| (device.interface, device.instance, device.sub_channel_index);
+        key(self) == key(other)
+    }
 }
 
 /// A message to deliver to the guest, with type 1.
@@ -239,6 +245,16 @@ struct Channel {
     device: Device,
     state: ChannelState,
     rescinded: bool,
+    /// Not offered yet: the guest has still to give back the number that this device had before it was taken away. Until
+    /// then Linux would take the offer for one that it knows.
+    held: bool,
+}
+
+impl Channel {
+    /// The guest knows of it and may use it.
+    const fn is_current(&self) -> bool {
+        !self.rescinded && !self.held
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -312,13 +328,18 @@ impl Server {
 
     /// Adds a device's channel and offers it to a guest that has asked for offers. `None` when no
     /// channel number is free.
+    ///
+    /// A device that was taken away and comes back is offered once the guest has given its old number back, on hosts that
+    /// heed that message (spec vmbus.md section 7).
     pub fn add(&mut self, device: Device) -> Option<ChannelId> {
         let mut ids = (1..=ChannelId::MAX).map(ChannelId);
         let id = ids.find(|id| !self.channels.contains_key(id))?;
+        let held = self.profile.relid_released && self.is_unreleased(&device);
         let channel = Channel {
             device,
             state: ChannelState::Closed,
             rescinded: false,
+            held,
         };
         self.channels.insert(id, channel);
         if self
@@ -330,6 +351,12 @@ impl Server {
         Some(id)
     }
 
+    /// Whether the guest has still to give back the number of such a channel that was taken away.
+    fn is_unreleased(&self, device: &Device) -> bool {
+        let mut channels = self.channels.values();
+        channels.any(|channel| channel.rescinded && channel.device.is_same(device))
+    }
+
     /// Adds a channel to the device that `primary` belongs to, and offers it. `None` when there is no such primary
     /// channel, the device has a channel with this index, or no channel number is free.
     ///
@@ -337,7 +364,7 @@ impl Server {
     pub fn add_sub_channel(&mut self, primary: ChannelId, index: NonZeroU16) -> Option<ChannelId> {
         let channel = self.channels.get(&primary)?;
         let device = &channel.device;
-        if channel.rescinded || device.sub_channel_index != 0 {
+        if !channel.is_current() || device.sub_channel_index != 0 {
             return None;
         }
         let device = device.sub_channel(index);
@@ -387,10 +414,8 @@ impl Server {
         let Some(channel) = channel.filter(|channel| !channel.rescinded) else {
             return;
         };
-        if !self
-            .connection
-            .is_some_and(|connection| connection.offers_requested)
-        {
+        let requested = |connection: Connection| connection.offers_requested;
+        if channel.held || !self.connection.is_some_and(requested) {
             self.channels.remove(&id);
             return;
         }
@@ -665,6 +690,9 @@ impl Server {
         // Sub-channels exist because the guest asked the device for them.
         let stays = |channel: &Channel| !channel.rescinded && channel.device.sub_channel_index == 0;
         self.channels.retain(|_, channel| stays(channel));
+        for channel in self.channels.values_mut() {
+            channel.held = false;
+        }
         self.gpadls.clear();
         self.lent.clear();
         self.events.push_back(Event::Disconnected);
@@ -791,7 +819,8 @@ impl Server {
     }
 
     fn offer(&mut self, id: ChannelId) {
-        let Some(channel) = self.channels.get(&id) else {
+        let channel = self.channels.get(&id);
+        let Some(channel) = channel.filter(|channel| channel.is_current()) else {
             return;
         };
         let device = &channel.device;
@@ -820,8 +849,9 @@ impl Server {
         let requested = self
             .connection
             .is_some_and(|connection| connection.offers_requested);
-        let channel = self.channels.get_mut(&id).filter(|_| requested);
+        let channel = self.channels.get_mut(&id);
         channel
+            .filter(|channel| requested && !channel.held)
             .map(|channel| (id, channel))
             .ok_or("no such channel")
     }
@@ -997,12 +1027,34 @@ impl Server {
         if !channel.rescinded {
             return Err("the channel has not been rescinded");
         }
-        if self.gpadls.values().any(|gpadl| gpadl.channel == id) {
-            return Err("the channel still has GPADLs");
+        // Linux sends no GPADL_TEARDOWN for a channel that was taken away; this is how it takes its memory back.
+        let gpadls = self.gpadls.iter();
+        let left = gpadls.filter(|(_, gpadl)| gpadl.channel == id);
+        let left: Vec<_> = left.map(|(handle, _)| *handle).collect();
+        for handle in left {
+            self.gpadls.remove(&handle);
+            self.lent.remove(handle);
+            self.events.push_back(Event::GpadlTornDown(handle));
         }
-        self.channels.remove(&id);
+        let released = self.channels.remove(&id);
         self.events.push_back(Event::Released(id));
+        if let Some(Channel { device, .. }) = released
+            && !self.is_unreleased(&device)
+        {
+            self.offer_held(&device);
+        }
         Ok(())
+    }
+
+    /// Offers the device that waited for its old number to be given back.
+    fn offer_held(&mut self, device: &Device) {
+        let mut channels = self.channels.iter_mut();
+        let waits = |channel: &Channel| channel.held && channel.device.is_same(device);
+        if let Some((id, channel)) = channels.find(|(_, channel)| waits(channel)) {
+            let id = *id;
+            channel.held = false;
+            self.offer(id);
+        }
     }
 
     fn modify(&mut self, modify: &ModifyChannel) -> Result<(), &'static str> {

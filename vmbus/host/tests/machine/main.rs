@@ -20,6 +20,7 @@ mod packets;
 mod pausing;
 mod process_packet_callbacks;
 mod raw;
+mod reoffers;
 mod requests;
 mod sending;
 mod state_table;
