@@ -144,8 +144,16 @@ pub struct Nic {
 pub(super) struct Settings {
     /// Whether the cable is in, as far as the owner wants it.
     pub(super) connected: bool,
+    /// The card is about to be taken away from its guest: for that the cable is out.
+    leaving: bool,
     /// Bytes.
     pub(super) mtu: u32,
+}
+
+impl Settings {
+    const fn is_plugged(self) -> bool {
+        self.connected && !self.leaving
+    }
 }
 
 impl Nic {
@@ -172,6 +180,7 @@ impl Nic {
         Ok(Arc::new(Self {
             settings: Mutex::new(Settings {
                 connected: true,
+                leaving: false,
                 mtu: config.mtu,
             }),
             config,
@@ -201,7 +210,7 @@ impl Nic {
 
     /// Whether frames flow: the cable is in, and there is a network at its other end.
     pub fn link_up(&self) -> bool {
-        self.settings.lock().connected && self.backend.is_up()
+        self.settings.lock().is_plugged() && self.backend.is_up()
     }
 
     /// Changes the longest payload of a frame in bytes.
@@ -249,8 +258,14 @@ impl Nic {
 
     /// A host offers the card; `link` is that of the primary channel.
     pub(super) fn attach(&self, link: Link) {
+        self.settings.lock().leaving = false;
         *self.link.lock() = Some(link.clone());
         self.backend.set_waker(Some(Arc::new(move || link.wake())));
+    }
+
+    /// The card is about to be taken away: nothing goes to its guest or comes from it any more.
+    pub(super) fn leave(&self) {
+        self.settings.lock().leaving = true;
     }
 
     pub(super) fn backend(&self) -> &dyn Backend {
@@ -263,7 +278,7 @@ impl Nic {
     ///
     /// The network has no room for it now.
     pub(super) fn send(&self, frame: &[u8]) -> Result<(), Full> {
-        if !self.settings.lock().connected {
+        if !self.settings.lock().is_plugged() {
             self.counters.sent_link_down.one();
             return Ok(());
         }

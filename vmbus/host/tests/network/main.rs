@@ -6,6 +6,7 @@ mod channels;
 mod control;
 mod guest;
 mod hostile;
+mod leaving;
 mod receiving;
 mod sending;
 #[path = "../machine/support.rs"]

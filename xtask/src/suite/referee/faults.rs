@@ -49,6 +49,10 @@ pub(super) const DISKS: &[Test] = &[
         run: disk_stalls,
     },
     Test {
+        name: "referee/faults/disks-taken",
+        run: disk_taken,
+    },
+    Test {
         name: "referee/faults/host-stays-up-with-disks",
         run: stays_up,
     },
@@ -68,6 +72,10 @@ pub(super) const NETWORK: &[Test] = &[
     Test {
         name: "referee/faults/network-garbage",
         run: garbage,
+    },
+    Test {
+        name: "referee/faults/network-taken",
+        run: network_taken,
     },
     Test {
         name: "referee/faults/host-stays-up-with-networks",
@@ -194,6 +202,42 @@ fn sent_again(session: &mut Session) -> Result<u64> {
     Ok(session.sh(again)?.parse()?)
 }
 
+/// The host ends what is under way and tells of it before it takes the controller away; Linux lets
+/// go of every disk of it.
+fn disk_taken(session: &mut Session) -> Result<String> {
+    let disk = session.disk(CONTROLLER, MEMORY)?;
+    // Slow enough that a request is under way when it goes.
+    fault(
+        session,
+        CONTROLLER,
+        "slow-disk",
+        json!({ "lun": MEMORY, "milliseconds": 200 }),
+    )?;
+    session.guest().spawn(
+        "taken",
+        &format!("dd if=/dev/{disk} of=/dev/null bs=64k iflag=direct status=none"),
+    )?;
+    // The one in flight is told that its disk is gone; Linux makes of it what it does at that moment.
+    let gone = |said: &str| said.contains("No such device") || said.contains("I/O error");
+    let waits = format!("[ $(tr -d ' ' </sys/block/{disk}/inflight) != 00 ]");
+    session.until(&waits)?;
+    let directory = session.directory(CONTROLLER)?;
+    session.ctl("rescind", json!({ "device": CONTROLLER }))?;
+    let reader = session.guest().join("taken", LONG)?;
+    ensure!(
+        reader.status != Status::Exit(0) && gone(&reader.output),
+        "the reader ends with {:?}: {}",
+        reader.status,
+        reader.output
+    );
+    session
+        .guest()
+        .until(&format!("[ ! -e {directory} ]"), LONG)?;
+    let left = session.sh("cat /proc/partitions | sed 1,2d")?;
+    ensure!(left.is_empty(), "disks that are left: {left}");
+    Ok("the reader is told, and every disk of the controller goes".into())
+}
+
 fn lossy(session: &mut Session) -> Result<String> {
     network::ends(session)?;
     let before = sent_again(session)?;
@@ -279,6 +323,27 @@ fn garbage(session: &mut Session) -> Result<String> {
         "{HIT} frames each; complaints of hv_netvsc: {}; the adapter works on, and opened anew",
         said.join(", ")
     ))
+}
+
+/// The host has the guest let go of the card before it takes it away.
+fn network_taken(session: &mut Session) -> Result<String> {
+    let near = network::ends(session)?.near;
+    network::carries(session)?;
+    let received = format!("$(cat /sys/class/net/{near}/statistics/rx_bytes)");
+    let before = session.sh(&format!("echo {received}"))?;
+    session.guest().spawn(
+        "fetch",
+        "while wget -q -O /dev/null http://192.0.2.2/large; do :; done",
+    )?;
+    session.until(&format!("[ {received} -gt $(({before} + 100000)) ]"))?;
+    session.ctl("rescind", json!({ "device": WIRED[0] }))?;
+    session.until(&format!("[ ! -e /sys/class/net/{near} ]"))?;
+    session.sh("kill $(pidof wget) 2>/dev/null; true")?;
+    session.guest().join("fetch", LONG)?;
+    session.ctl("offer", json!({ "device": WIRED[0] }))?;
+    network::ends(session)?;
+    network::carries(session)?;
+    Ok("the interface goes while a file comes in; offered again, it carries".into())
 }
 
 fn stays_up(session: &mut Session) -> Result<String> {

@@ -46,6 +46,10 @@ pub(super) const LIMITS: Limits = Limits {
 /// not move holds up nothing else.
 const PATIENCE: u64 = 1_000_000;
 
+/// How long nothing must have happened for a guest to have let go of a card that is about to be taken away, in units of 100 ns:
+/// longer than the 2 s for which Linux may put off a change of the link.
+const QUIET: u64 = 25_000_000;
+
 /// What the guest has done such that its channel is served no longer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Fault {
@@ -118,6 +122,8 @@ pub struct Netvsp {
     generation: Option<u64>,
     path: Path,
     deadline: Option<u64>,
+    /// When something was under way last, once the card is about to be taken away.
+    busy_at: Option<u64>,
     failed: bool,
 }
 
@@ -135,6 +141,7 @@ impl Netvsp {
             generation: None,
             path: Path::new(0),
             deadline: None,
+            busy_at: None,
             failed: false,
         }
     }
@@ -253,6 +260,7 @@ impl Netvsp {
                 generation: Some(shared.generation),
                 path: Path::new(index.get()),
                 deadline: None,
+                busy_at: None,
                 failed: false,
             };
             link.add_sub_channel(index, Box::new(provider));
@@ -263,6 +271,7 @@ impl Netvsp {
     fn start_over(&mut self) {
         self.path = Path::new(self.path.index);
         self.deadline = None;
+        self.busy_at = None;
         self.failed = false;
     }
 }
@@ -308,6 +317,22 @@ impl Provider for Netvsp {
             self.failed = true;
             self.deadline = None;
         }
+    }
+
+    /// The link goes down, upon which a guest sends no more. What it has sent is answered, and it gives back what it has got:
+    /// Linux waits for the one and the other for ever once the card is away.
+    fn leave(&mut self, now: u64, channel: &mut HostChannel) -> bool {
+        self.shared.lock().nic.leave();
+        self.serve(now, channel);
+        if self.failed {
+            return true;
+        }
+        let idle = self.path.is_idle() && channel.is_drained().unwrap_or(true);
+        if self.busy_at.is_none() || !idle {
+            self.busy_at = Some(now);
+        }
+        let busy_at = self.busy_at.unwrap_or(now);
+        now.saturating_sub(busy_at) >= QUIET
     }
 
     fn closed(&mut self) {

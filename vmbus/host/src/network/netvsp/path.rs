@@ -122,6 +122,16 @@ impl Path {
         fits
     }
 
+    /// Whether nothing is under way, in either direction.
+    pub(super) fn is_idle(&self) -> bool {
+        self.answers.is_empty()
+            && self.outbox.is_empty()
+            && self.messages.is_empty()
+            && self.told.is_empty()
+            && self.ready.is_none()
+            && self.outstanding.is_empty()
+    }
+
     /// Whether the guest is behind with its control messages.
     pub(super) fn is_behind(&self) -> bool {
         self.messages.len() >= MESSAGES / 2
