@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::Write,
+    io::{ErrorKind, Write},
     path::{Path, PathBuf},
     time::UNIX_EPOCH,
 };
@@ -67,7 +67,11 @@ fn replace(directory: &Path, kind: &str, file: &Path, content: &[u8]) -> Result<
     };
     write().map_err(Problem::file(file))?;
     for path in old.iter().filter(|path| *path != file) {
-        fs::remove_file(path)?;
+        match fs::remove_file(path) {
+            // Another that makes the same was faster.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            removed => removed?,
+        }
     }
     Ok(())
 }

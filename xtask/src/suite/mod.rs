@@ -1,8 +1,8 @@
 //! `cargo xtask test`: host unit tests, then guests in real VMs.
 //!
 //! VM tests are functions over a [`Stand`], named in the tables of the modules
-//! below. All tests that need Hyper-V share one machine; on the nested one it
-//! boots once.
+//! below. All tests that need Hyper-V share one machine. The nested one has a
+//! single processor: there are several of them, and each takes the next test.
 
 mod balloon;
 mod boot;
@@ -21,6 +21,8 @@ mod guests;
 use std::{
     path::Path,
     process::{Command, ExitCode},
+    sync::{Mutex, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -31,7 +33,7 @@ use regex::Regex;
 use self::guests::Guests;
 use crate::{
     cli::Wish,
-    fuzz,
+    fuzz, guest,
     machine::{self as machines, Boot, Choice, Clock, Kind, Machine, Vm, VmConfig},
     packages::Packages,
     progress, sim,
@@ -281,12 +283,54 @@ fn guest_tests(
             Needs::HyperV => machines::choose(options.machine.into()),
         };
         println!("machine: {kind} ({reason})");
-        let machine = Machine::start(workspace, packages, kind, Clock::Wall)?;
-        for test in tests {
-            count.vm(test, &machine, &guests);
+        let lanes = lanes(kind).min(tests.len());
+        if lanes > 1 {
+            // Everything is fetched and built once, not by each.
+            packages.qemu()?;
+            guest::build_vmm(workspace)?;
         }
+        let tests = Mutex::new(tests.into_iter());
+        let next = || tests.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let total = Mutex::new(&mut *count);
+        side_by_side(0..lanes, |_| {
+            let packages = &mut Packages::new(&workspace.store())?;
+            let machine = Machine::start(workspace, packages, kind, Clock::Wall)?;
+            while let Some(test) = next() {
+                let one = Count::vm(test, &machine, &guests);
+                let mut total = total.lock().unwrap_or_else(PoisonError::into_inner);
+                total.add(&one);
+            }
+            Ok(())
+        })?;
     }
     Ok(())
+}
+
+/// Machines that tests are spread over. The nested one has a single processor, and this computer
+/// most likely more.
+fn lanes(kind: Kind) -> usize {
+    match kind {
+        Kind::Nested => thread::available_parallelism()
+            .map_or(1, usize::from)
+            .min(4),
+        _ => 1,
+    }
+}
+
+/// Does this for each of them at the same time.
+fn side_by_side<T: Send>(
+    each: impl IntoIterator<Item = T>,
+    run: impl Fn(T) -> Result<()> + Sync,
+) -> Result<()> {
+    thread::scope(|scope| {
+        let run = &run;
+        let lanes = each.into_iter().map(|one| scope.spawn(move || run(one)));
+        let lanes: Vec<_> = lanes.collect();
+        lanes.into_iter().try_for_each(|lane| {
+            lane.join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    })
 }
 
 #[derive(Default)]
@@ -303,22 +347,37 @@ impl Count {
         println!("unit  {package}: {passed} passed, {failed} failed");
     }
 
-    fn vm(&mut self, test: &Test, machine: &Machine, guests: &Guests) {
+    fn add(&mut self, other: &Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.repeated += other.repeated;
+    }
+
+    /// What comes of a VM test.
+    fn vm(test: &Test, machine: &Machine, guests: &Guests) -> Self {
+        let passed = Self {
+            passed: 1,
+            ..Self::default()
+        };
+        let failed = Self {
+            failed: 1,
+            ..Self::default()
+        };
         let (result, console) = attempt(test, machine, guests);
         let Err(error) = &result else {
-            self.passed += 1;
-            return;
+            return passed;
         };
         let Some(evidence) = known_fault(machine.kind(), &console, &format!("{error:#}")) else {
-            self.failed += 1;
-            return;
+            return failed;
         };
         println!("AGAIN {}: {evidence}", test.name);
         if attempt(test, machine, guests).0.is_ok() {
-            self.passed += 1;
-            self.repeated += 1;
+            Self {
+                repeated: 1,
+                ..passed
+            }
         } else {
-            self.failed += 1;
+            failed
         }
     }
 }

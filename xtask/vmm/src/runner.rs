@@ -25,7 +25,7 @@ use vmbus_host::sync::{Mutex, MutexGuard};
 pub use events::Events;
 pub use life::{Channel, Counts};
 pub use poll::Sleep;
-pub use vm::{Crash, End, Vm};
+pub use vm::{Crash, End, Exits, Vm};
 
 use crate::control::{BusState, Event, Failure, Reason, RunState, Status};
 use crate::devices::Devices;

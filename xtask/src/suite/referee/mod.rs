@@ -23,7 +23,6 @@ use std::{
     fs,
     path::Path,
     sync::{Mutex, PoisonError},
-    thread,
     time::Instant,
 };
 
@@ -31,7 +30,7 @@ use anyhow::{Context, Result, ensure};
 use vmm::config::Config;
 
 pub use self::session::Session;
-use super::Count;
+use super::{Count, side_by_side};
 use crate::{
     cli::Wish,
     guest,
@@ -147,24 +146,15 @@ pub fn run(
     packages.qemu()?;
     guest::build_vmm(workspace)?;
     let count = Mutex::new(count);
-    let (start, tools, passt, count) = (&start, &tools, passt.as_path(), &count);
-    thread::scope(|scope| {
-        let lanes = groups.iter().map(|(group, tests)| {
-            scope.spawn(move || {
-                let machine = &start(&mut Packages::new(&workspace.store())?)?;
-                let on = On {
-                    machine,
-                    tools,
-                    passt,
-                };
-                run_group(group, tests, on, count)
-            })
-        });
-        let lanes: Vec<_> = lanes.collect();
-        lanes.into_iter().try_for_each(|lane| {
-            lane.join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+    let (tools, passt, count) = (&tools, passt.as_path(), &count);
+    side_by_side(&groups, |(group, tests)| {
+        let machine = &start(&mut Packages::new(&workspace.store())?)?;
+        let on = On {
+            machine,
+            tools,
+            passt,
+        };
+        run_group(group, tests, on, count)
     })
 }
 

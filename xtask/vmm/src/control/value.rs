@@ -83,9 +83,9 @@ values! {
 
     /// How often the virtual processors have left the guest.
     Exits {
-        /// All together.
+        /// All that came to the VMM.
         pub total: u64,
-        /// By reason.
+        /// Those by reason, and what KVM has counted, its names with `kvm` before them.
         pub reasons: BTreeMap<String, u64>,
     }
 

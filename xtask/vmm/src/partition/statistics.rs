@@ -36,7 +36,7 @@ const _: () = assert!(size_of::<Header>() == 24 && size_of::<Descriptor>() == 16
 /// Statistics by name.
 pub type Statistics = BTreeMap<String, u64>;
 
-/// Reads all statistics that are one number each.
+/// Reads all statistics that are one count each: no times, no states, no histograms.
 pub fn read(file: &File) -> io::Result<Statistics> {
     let mut header = Header::new_zeroed();
     file.read_exact_at(header.as_mut_bytes(), 0)?;
@@ -46,8 +46,7 @@ pub fn read(file: &File) -> io::Result<Statistics> {
         let at = u64::from(header.descriptors.get()) + index * step;
         let mut descriptor = Descriptor::new_zeroed();
         file.read_exact_at(descriptor.as_mut_bytes(), at)?;
-        if descriptor.values.get() != 1 {
-            // A histogram.
+        if descriptor.values.get() != 1 || !is_count(descriptor.flags.get()) {
             continue;
         }
         let mut name = vec![0; header.name_size.get() as usize];
@@ -62,6 +61,12 @@ pub fn read(file: &File) -> io::Result<Statistics> {
     Ok(statistics)
 }
 
+/// Whether a statistic counts events from the start on: bits 0 to 3 are its type, cumulative is 0, bits 4 to 7 its unit,
+/// none is 0. Others are times, sizes, states.
+const fn is_count(flags: u32) -> bool {
+    flags & 0xFF == 0
+}
+
 /// Adds up the statistics of several VPs.
 pub fn sum(all: impl Iterator<Item = Statistics>) -> Statistics {
     let mut sum = Statistics::new();
@@ -69,4 +74,21 @@ pub fn sum(all: impl Iterator<Item = Statistics>) -> Statistics {
         *sum.entry(name).or_default() += value;
     }
     sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_and_states_are_no_counts() {
+        // Type and unit: cumulative and none; then an instant value, a peak, bytes, seconds, a truth value.
+        let flags = [0x00, 0x01, 0x02, 0x10, 0x20, 0x41];
+        assert_eq!(
+            flags.map(is_count),
+            [true, false, false, false, false, false]
+        );
+        // The base, from bit 8 on, changes nothing.
+        assert!(is_count(0x100));
+    }
 }

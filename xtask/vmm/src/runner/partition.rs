@@ -1,6 +1,5 @@
 //! The host's thread above a partition on KVM.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 use vmbus::ids::{ConnectionId, PageNumber, VpIndex};
@@ -8,7 +7,7 @@ use vmbus_host::bus::{HvStatus, Message};
 use vmbus_host::memory::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Crash, End, Runner, Vm};
+use super::{Crash, End, Exits, Runner, Vm};
 use crate::Error;
 use crate::partition::{self, Owner, Partition};
 
@@ -57,16 +56,13 @@ impl Vm for Partition {
         self.console_input(bytes)
     }
 
-    fn exits(&self) -> BTreeMap<String, u64> {
-        let mut exits: BTreeMap<_, _> = self
-            .exits()
-            .iter()
-            .map(|(kind, count)| (kind.to_string(), count))
-            .collect();
-        // What the kernel handled itself never came here.
-        let kernel = self.kernel_statistics().into_iter();
-        exits.extend(kernel.map(|(name, count)| (format!("kvm {name}"), count)));
-        exits
+    fn exits(&self) -> Exits {
+        let here = self.exits();
+        let here = here.iter().map(|(kind, count)| (kind.to_string(), count));
+        Exits {
+            here: here.collect(),
+            kernel: self.kernel_statistics(),
+        }
     }
 }
 

@@ -54,8 +54,17 @@ pub trait Vm: Send + Sync {
     /// [`Runner::console_drained`](super::Runner::console_drained) is called.
     fn console_input(&self, bytes: &[u8]) -> usize;
 
-    /// How often the virtual processors have left the guest, by reason.
-    fn exits(&self) -> BTreeMap<String, u64>;
+    /// How often the virtual processors have left the guest.
+    fn exits(&self) -> Exits;
+}
+
+/// How often virtual processors have left their guest, by reason.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Exits {
+    /// For something that the VMM had to do.
+    pub here: BTreeMap<String, u64>,
+    /// What KVM has counted, by its own names; many of its numbers are parts of others.
+    pub kernel: BTreeMap<String, u64>,
 }
 
 /// How a VM has ended.

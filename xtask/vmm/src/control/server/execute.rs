@@ -1,6 +1,5 @@
 //! Every command, carried out.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::Answer;
@@ -150,10 +149,13 @@ fn counters(runner: &Runner, wanted: Option<&str>) -> Result<Vec<Counters>, Fail
 }
 
 fn exits(runner: &Runner) -> Result<Exits, Failure> {
-    let reasons: BTreeMap<_, _> = runner.vm().ok_or_else(no_vm)?.exits();
+    let exits = runner.vm().ok_or_else(no_vm)?.exits();
+    let total = exits.here.values().sum();
+    let kernel = exits.kernel.into_iter();
+    let kernel = kernel.map(|(name, count)| (format!("kvm {name}"), count));
     Ok(Exits {
-        total: reasons.values().sum(),
-        reasons,
+        total,
+        reasons: exits.here.into_iter().chain(kernel).collect(),
     })
 }
 

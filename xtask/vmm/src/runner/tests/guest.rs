@@ -24,7 +24,7 @@ use crate::control::server::{Answer, execute};
 use crate::control::{Command, Failure};
 use crate::devices::Devices;
 use crate::machine::profile;
-use crate::runner::{Events, Runner, Sleep, Vm};
+use crate::runner::{Events, Exits, Runner, Sleep, Vm};
 
 /// One second in units of 100 ns.
 pub const SECOND: u64 = 10_000_000;
@@ -173,8 +173,11 @@ impl Vm for TestVm {
         bytes.len()
     }
 
-    fn exits(&self) -> BTreeMap<String, u64> {
-        [("hypercall".to_owned(), 1)].into()
+    fn exits(&self) -> Exits {
+        Exits {
+            here: [("hypercall".to_owned(), 1)].into(),
+            kernel: [("exits".to_owned(), 3)].into(),
+        }
     }
 }
 
