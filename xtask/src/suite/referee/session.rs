@@ -131,9 +131,17 @@ impl<'a> Session<'a> {
         self.sh(&format!("basename {directory}/net/*"))
     }
 
-    /// For the report of a failure: what the kernel said last, if it can still be asked.
+    /// What Linux says of a processor that stood still: it looks for a timer that did not come.
+    pub fn stall(&mut self) -> Option<String> {
+        let said = "dmesg | grep -m 1 -E 'rcu: .*(stall|starved|timer wakeup)'";
+        let done = self.guest.run(said, SOON).ok()?;
+        (done.status == Status::Exit(0)).then_some(done.output)
+    }
+
+    /// For the report of a failure: what the kernel said last, if it can still be asked, and before it what it said of trouble.
     pub fn report(&mut self) -> String {
-        match self.guest.run("dmesg | tail -n 30", SOON) {
+        let said = "dmesg | grep -E 'rcu|stall|hung|BUG|WARNING' | tail -n 20; dmesg | tail -n 30";
+        match self.guest.run(said, SOON) {
             Ok(done) => done.output,
             Err(_) => self.guest.vm().last_words(),
         }
