@@ -63,14 +63,8 @@ pub(super) fn ends(session: &mut Session) -> Result<Ends> {
     let near = session.interface(WIRED[0])?;
     if !session.sh("ls /tmp")?.contains("far.pid") {
         let far = session.interface(WIRED[1])?;
-        session.sh(&format!(
-            "{{ unshare -n sleep 100000 </dev/null >/dev/null 2>&1 & echo $! >/tmp/far.pid; }}; \
-             echo {far} >/tmp/far.name"
-        ))?;
-        session.until(
-            "[ $(readlink /proc/$(cat /tmp/far.pid)/ns/net) != $(readlink /proc/self/ns/net) ]",
-        )?;
-        session.sh(&format!("ip link set {far} netns $(cat /tmp/far.pid)"))?;
+        session.isolate(&far, "far")?;
+        session.sh(&format!("echo {far} >/tmp/far.name"))?;
     }
     let far = session.sh("cat /tmp/far.name")?;
     session.sh(&format!(

@@ -131,6 +131,20 @@ impl<'a> Session<'a> {
         self.sh(&format!("basename {directory}/net/*"))
     }
 
+    /// Moves a network interface to a network namespace of its own, which lives as long as the process whose number is in
+    /// `/tmp/NAME.pid`.
+    pub fn isolate(&mut self, interface: &str, name: &str) -> Result<()> {
+        let pid = format!("$(cat /tmp/{name}.pid)");
+        self.sh(&format!(
+            "{{ unshare -n sleep 100000 </dev/null >/dev/null 2>&1 & echo $! >/tmp/{name}.pid; }}"
+        ))?;
+        self.until(&format!(
+            "[ $(readlink /proc/{pid}/ns/net) != $(readlink /proc/self/ns/net) ]"
+        ))?;
+        self.sh(&format!("ip link set {interface} netns {pid}"))
+            .map(drop)
+    }
+
     /// What Linux says of a processor that stood still: it looks for a timer that did not come.
     pub fn stall(&mut self) -> Option<String> {
         let said = "dmesg | grep -m 1 -E 'rcu: .*(stall|starved|timer wakeup)'";

@@ -86,14 +86,9 @@ fn passt(session: &mut Session) -> Result<String> {
 /// Gets an address; gives the gateway's.
 fn connect(session: &mut Session) -> Result<String> {
     let interface = session.interface(USER)?;
-    session
-        .sh("{ unshare -n sleep 100000 </dev/null >/dev/null 2>&1 & echo $! >/tmp/user.pid; }")?;
-    session.until(
-        "[ $(readlink /proc/$(cat /tmp/user.pid)/ns/net) != $(readlink /proc/self/ns/net) ]",
-    )?;
+    session.isolate(&interface, "user")?;
     session.sh(&format!(
-        "cat >/tmp/dhcp.sh <<'END'\n{DHCP}END\nchmod +x /tmp/dhcp.sh; \
-         ip link set {interface} netns $(cat /tmp/user.pid) && {THERE} ip link set {interface} up"
+        "cat >/tmp/dhcp.sh <<'END'\n{DHCP}END\nchmod +x /tmp/dhcp.sh; {THERE} ip link set {interface} up"
     ))?;
     session.guest().run_ok(
         &format!("{THERE} udhcpc -i {interface} -s /tmp/dhcp.sh -n -q -f"),
