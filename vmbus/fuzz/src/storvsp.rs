@@ -55,9 +55,12 @@ pub(crate) enum Lent {
     Nothing,
     /// The guest's, from this byte on.
     Own(u16, u16),
-    /// Pages that are not the guest's, from this number on.
+    /// Pages that are not the guest's, from this number on, beyond [`RAM_END`].
     Foreign(u64, u16),
 }
+
+/// Page numbers from here on are never the guest's. A guest that lends its own rings ends its channel, and waits in vain.
+const RAM_END: u64 = 1 << 32;
 
 /// Versions as [`Step::Initialise`] counts them.
 const VERSIONS: [u16; 5] = [0x0200, 0x0402, 0x0501, 0x0600, 0x0602];
@@ -180,13 +183,10 @@ impl Guest {
                 let _ = external.push(self.memory.clone(), touched.clone());
             }
             Lent::Foreign(first, length) => {
-                let own: Vec<_> = self.memory.pages().collect();
+                let first = first | RAM_END;
                 let pages: Vec<_> = (0..usize::from(length).div_ceil(PAGE_SIZE) as u64)
-                    .map(|page| PageNumber(first.wrapping_add(page)))
+                    .map(|page| PageNumber(first.saturating_add(page)))
                     .collect();
-                if pages.iter().any(|page| own.contains(page)) {
-                    return;
-                }
                 let _ = external.push_page_list(pages, 0..usize::from(length), Arc::new(()));
             }
         }
