@@ -324,7 +324,9 @@ impl HostChannel {
 
     /// Asks the guest to signal new packets again; `true` when there are some already.
     pub fn unmask(&mut self) -> Result<bool, RingError> {
-        self.reader.unmask()
+        let more = self.reader.unmask()?;
+        // What stands still cannot be taken. Whoever ends that wakes the provider.
+        Ok(more && !self.faults.stalls(Direction::FromGuest))
     }
 
     /// The VP to interrupt, if the guest must be, once.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use vmbus_host::disk::Disk;
+use vmbus_host::faults::{ChannelFault, ChannelRule, Direction};
 use vmbus_host::storage::{Controller, Limits, Lun};
 use vmbus_host::work::{Inline, Threads};
 
@@ -268,4 +269,20 @@ fn a_broken_ring_ends_the_service_of_its_channel_only() {
     assert_eq!(guest.controller.counts().packets.broken_rings, 1);
     let ready = guest.start(1, 0, &[0; 6], Data::None);
     guest.finish(ready).good();
+}
+
+#[test]
+fn a_ring_that_stands_still_holds_nobody_up_and_goes_on_when_the_faults_are_cleared() {
+    let guest = Guest::with_disk(TestDisk::small());
+    let faults = guest.vm.machine.host(|host| host.faults(guest.id)).unwrap();
+    for direction in [Direction::FromGuest, Direction::ToGuest] {
+        let rule = ChannelRule::always(direction, ChannelFault::Stall);
+        faults.inject(rule).unwrap();
+        let mut pending = guest.start(0, 0, &ten(0x28, 0, 1), Data::In(512));
+        guest.vm.machine.advance(SECOND);
+        assert_eq!(guest.poll(&mut pending), None);
+        faults.clear();
+        guest.finish(pending).good();
+    }
+    guest.vm.assert_well_behaved();
 }

@@ -27,6 +27,10 @@ use crate::storage::Storage;
 /// Changed pages of the BAT that are kept before they are written without a flush.
 const MAX_DIRTY: usize = 64;
 
+/// Bytes of places that wait for the BAT to be durable before they are used again. More are not kept waiting for a flush, or a
+/// guest that writes blocks and gives them back would grow the file beyond its disk.
+const MAX_RELEASED: u64 = 64 << 20;
+
 /// A VHDX file that is open. All methods may be called from several threads at once.
 ///
 /// Dropping it closes it, and cannot tell of errors: see [`close`](Self::close).
@@ -48,6 +52,14 @@ struct Blocks {
     space: Space,
     /// Places that the BAT in memory names no more, and that on the disk still may.
     released: Vec<u64>,
+}
+
+impl Blocks {
+    /// Whether the BAT is to be made durable without a flush.
+    fn is_due(&self, block_size: u32) -> bool {
+        let released = self.released.len() as u64 * u64::from(block_size);
+        self.bat.dirty() > MAX_DIRTY || released > MAX_RELEASED
+    }
 }
 
 /// What has an order on the disk. Locked before the blocks.
@@ -218,15 +230,15 @@ impl Vhdx {
         if present {
             return Ok(());
         }
-        let dirty = {
+        let due = {
             let mut blocks = self.blocks_mut();
             for part in self.parts(offset, data.len()) {
                 let from = &data[part.from..part.from + part.length];
                 self.write_part(&mut blocks, &part, from)?;
             }
-            blocks.bat.dirty()
+            blocks.is_due(self.parameters.block_size)
         };
-        if dirty > MAX_DIRTY {
+        if due {
             self.commit()?;
         }
         Ok(())
@@ -298,7 +310,7 @@ impl Vhdx {
         } else {
             end / block_size
         };
-        let dirty = {
+        let due = {
             let mut blocks = self.blocks_mut();
             let first = offset.div_ceil(block_size);
             for (block, place) in blocks.bat.present_among(first..last.max(first)) {
@@ -309,9 +321,9 @@ impl Vhdx {
                 blocks.bat.set(block, unmapped);
                 blocks.released.push(place);
             }
-            blocks.bat.dirty()
+            blocks.is_due(self.parameters.block_size)
         };
-        if dirty > MAX_DIRTY {
+        if due {
             self.commit()?;
         }
         Ok(())

@@ -478,3 +478,27 @@ fn many_threads_share_a_disk() {
         assert_eq!(read(&disk, block * MIB + 4096, 8192), vec![value; 8192]);
     }
 }
+
+#[test]
+fn a_block_that_is_written_and_given_back_again_and_again_does_not_grow_the_file() {
+    for block_size in [1 << 20, 32 << 20] {
+        let storage = made(&Settings {
+            block_size,
+            ..Settings::new(64 * MIB)
+        });
+        let empty = storage.length().unwrap();
+        let disk = open(&storage);
+        let data = [7; 4096];
+        for _ in 0..1000 {
+            disk.write(0, &data).unwrap();
+            disk.unmap(0, block_size.into()).unwrap();
+        }
+        // The disk's own size, and what may wait for the next flush.
+        let most = empty + 64 * MIB + 128 * MIB;
+        let length = storage.length().unwrap();
+        assert!(length <= most, "blocks of {block_size}: {length} bytes");
+        disk.write(0, &data).unwrap();
+        disk.close().unwrap();
+        assert_eq!(read(&open(&storage), 0, 4096), data);
+    }
+}
