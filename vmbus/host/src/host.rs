@@ -457,6 +457,9 @@ impl Host {
                 self.retire(id);
                 if let Some(open) = self.open.remove(&id) {
                     self.check(&open.channel);
+                    // The guest may open and close it with the same rings for ever.
+                    let ring = open.channel.opening.ring;
+                    self.closing.retain(|channel| channel.opening.ring != ring);
                     self.closing.push(open.channel);
                 }
             }

@@ -216,6 +216,11 @@ impl Gpadl {
         }
     }
 
+    /// Bytes that describe it, once it is whole.
+    pub(super) fn described(&self) -> usize {
+        self.range_bytes
+    }
+
     /// The ranges, once it is whole.
     pub(super) fn ranges(&self) -> Option<&[Range]> {
         self.ranges.as_deref()

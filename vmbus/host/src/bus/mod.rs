@@ -39,6 +39,13 @@ pub use profile::{GpadlRule, OfferOrder, Profile, RescindOrder, Versions};
 use gpadl::{Gpadl, Progress};
 use line::Line;
 
+/// The most GPADLs that a guest has at one time: two for each channel number that there is.
+const MAX_GPADLS: usize = 1 << 12;
+
+/// The most bytes that describe them: as many as 4 GiB of pages take. A guest can lend a page any number of times, so its own
+/// memory is no limit.
+const MAX_DESCRIBED: usize = 8 << 20;
+
 /// The status of a hypercall (spec tlfs.md 3.3).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct HvStatus(pub u16);
@@ -865,7 +872,17 @@ impl Server {
         if handle.0 == 0 || self.gpadls.contains_key(&handle) {
             return Err("GPADL handle is zero or in use");
         }
-        self.gpadls.insert(handle, Gpadl::new(header));
+        let described: usize = self.gpadls.values().map(Gpadl::described).sum();
+        let gpadl = Gpadl::new(header);
+        if self.gpadls.len() >= MAX_GPADLS || described + gpadl.described() > MAX_DESCRIBED {
+            self.send(&GpadlCreated {
+                channel: header.channel,
+                gpadl: header.gpadl,
+                status: U32::new(Status::UNSUCCESSFUL.0),
+            });
+            return Err("more GPADLs than the host keeps");
+        }
+        self.gpadls.insert(handle, gpadl);
         self.gpadl_data(handle, data)
     }
 

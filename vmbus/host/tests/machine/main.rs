@@ -4,6 +4,7 @@
 
 mod balloon;
 mod blocking;
+mod bounds;
 mod dispatcher;
 mod documentation;
 mod faults;
