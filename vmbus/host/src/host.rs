@@ -24,8 +24,8 @@ use crate::provider::{Connector, HostLink, Link, Lists, Notify, Provider, Wish, 
 /// Complaints and notices that are kept until somebody asks; the oldest go first.
 const KEPT: usize = 1024;
 
-/// How long a guest may take to let go of a device that is to be taken away: 10 s in units of 100 ns.
-const PATIENCE: u64 = 100_000_000;
+/// How long a guest may take to let go of a device that is to be taken away: 30 s in units of 100 ns.
+const PATIENCE: u64 = 300_000_000;
 
 /// How often the host looks whether it has: 10 ms. Nobody signals it.
 const LOOK: u64 = 100_000;
@@ -181,7 +181,7 @@ impl Host {
     }
 
     /// Takes a device away in good order: its providers end what is under way and tell the guest, and when that has let go,
-    /// or has had 10 s for it, the device is rescinded. Returns whether it is offered.
+    /// or has had 30 s for it, the device is rescinded. Returns whether it is offered.
     ///
     /// A guest stops looking at its channels as soon as it hears of a rescind, so answers have to come before it.
     pub fn take_away(&mut self, id: ChannelId) -> bool {

@@ -4,11 +4,10 @@ use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
-use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::activity::{Activity, Running};
 use super::counters::{Counts, Packets};
-use super::scsi::{Attention, Kind, LogicalUnit, Medium, Pieces, Stop};
+use super::scsi::{Attention, Command, Kind, LogicalUnit, Medium, Pieces, Stop};
 use super::vstor::{Address, Notice, Properties, ProtocolVersion};
 use crate::disk::Disk;
 use crate::provider::Link;
@@ -91,7 +90,7 @@ pub struct Controller {
     link: Mutex<Option<Link>>,
     generations: Mutex<Generations>,
     /// The controller is about to be taken away: for the guest it has no units.
-    leaving: AtomicBool,
+    leaving: Mutex<Option<Leaving>>,
     pieces: Arc<Pieces>,
     pub(super) counters: Packets,
 }
@@ -103,6 +102,14 @@ struct Notices {
     media: BTreeSet<u8>,
     /// A guest uses the controller.
     in_use: bool,
+}
+
+/// What a guest still has to do before it has let go of its units.
+struct Leaving {
+    /// It has not looked which units there are.
+    has_to_look: bool,
+    /// Units whose cache it has not flushed.
+    unflushed: BTreeSet<u8>,
 }
 
 /// Commands of the guest that uses the controller now, and of those before it.
@@ -121,7 +128,7 @@ impl Controller {
             notices: Mutex::default(),
             link: Mutex::default(),
             generations: Mutex::default(),
-            leaving: AtomicBool::new(false),
+            leaving: Mutex::default(),
             pieces: Arc::default(),
             counters: Packets::default(),
         })
@@ -227,10 +234,14 @@ impl Controller {
 
     /// The unit at this address.
     pub(super) fn find(&self, address: Address) -> Option<Arc<LogicalUnit>> {
-        if (address.path, address.target) != (0, 0) || self.leaving.load(Ordering::SeqCst) {
+        if (address.path, address.target) != (0, 0) || self.is_leaving() {
             return None;
         }
         self.unit(address.lun)
+    }
+
+    fn is_leaving(&self) -> bool {
+        self.leaving.lock().is_some()
     }
 
     fn unit(&self, lun: u8) -> Option<Arc<LogicalUnit>> {
@@ -239,7 +250,7 @@ impl Controller {
 
     /// The numbers of the units behind a path and target.
     pub(super) fn report(&self, path: u8, target: u8) -> Vec<u8> {
-        if (path, target) != (0, 0) || self.leaving.load(Ordering::SeqCst) {
+        if (path, target) != (0, 0) || self.is_leaving() {
             return Vec::new();
         }
         self.units.lock().keys().copied().collect()
@@ -281,19 +292,51 @@ impl Controller {
         };
     }
 
-    /// The controller is about to be taken away. What is under way stops where it can, and the guest is told that there are
-    /// no units any more.
-    pub(super) fn leave(&self) {
-        if !self.leaving.swap(true, Ordering::SeqCst) {
-            self.reset(None);
-            self.tell(|notices| notices.units = true);
+    /// The controller is about to be taken away. What is under way stops where it can, and the guest, which speaks this
+    /// version, is told that there are no units any more.
+    pub(super) fn leave(&self, version: ProtocolVersion) {
+        if self.is_leaving() {
+            return;
         }
+        let units = self.units.lock();
+        let known = units.iter().filter(|(_, unit)| unit.has_known_cache());
+        let unflushed = known.map(|(lun, _)| *lun).collect();
+        drop(units);
+        *self.leaving.lock() = Some(Leaving {
+            has_to_look: version.has_enumerate_bus(),
+            unflushed,
+        });
+        self.reset(None);
+        self.tell(|notices| notices.units = true);
+    }
+
+    /// The guest sends this to a unit that is not there any more.
+    pub(super) fn note(&self, address: Address, command: &Command) {
+        let mut leaving = self.leaving.lock();
+        let Some(leaving) = leaving.as_mut() else {
+            return;
+        };
+        match command {
+            Command::ReportLuns { .. } | Command::Inquiry { .. } => leaving.has_to_look = false,
+            Command::SynchronizeCache { .. } if (address.path, address.target) == (0, 0) => {
+                leaving.unflushed.remove(&address.lun);
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether the guest has done all that one does which lets go of its units: it has looked which there are, and flushed
+    /// the caches that it knew of.
+    pub(super) fn is_let_go(&self) -> bool {
+        let leaving = self.leaving.lock();
+        let done = |leaving: &Leaving| !leaving.has_to_look && leaving.unflushed.is_empty();
+        leaving.as_ref().is_some_and(done)
     }
 
     /// The guest has gone: nothing that it began is of use any more.
     pub(super) fn end_session(&self) {
         *self.notices.lock() = Notices::default();
-        self.leaving.store(false, Ordering::SeqCst);
+        *self.leaving.lock() = None;
         self.reset(None);
         let mut generations = self.generations.lock();
         let last = core::mem::take(&mut generations.now);

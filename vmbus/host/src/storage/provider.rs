@@ -30,8 +30,11 @@ const BUDGET: usize = 512;
 /// of 100 ns.
 const RETRY: u64 = 100_000;
 
-/// How long a guest must have asked for nothing to have let go of a controller that is about to be taken away: 1 s.
-const QUIET: u64 = 10_000_000;
+/// How long a guest must have asked for nothing to have let go of a controller that is about to be taken away: 2 s.
+const QUIET: u64 = 20_000_000;
+
+/// The same for a guest that has not done what one does that lets go of its units: 10 s.
+const SILENT: u64 = 100_000_000;
 
 /// Serves one channel of a controller. Sub-channels are made when the guest asks for them.
 pub struct Storvsp {
@@ -138,18 +141,22 @@ impl Provider for Storvsp {
     }
 
     /// What is under way ends as if its unit were gone, and so does what still comes. A guest lets go of its units when it
-    /// learns that, which takes commands; it has done so when no more come.
+    /// learns that, which takes commands: it looks which units are left, and flushes caches. It has let go when it has done
+    /// so and no more come.
+    ///
+    /// That matters: after the rescind Linux can send nothing, and its driver leaves a command that cannot be sent waiting
+    /// for ever, with the whole controller.
     fn leave(&mut self, now: u64, channel: &mut HostChannel) -> bool {
         let Some(open) = self.open.as_mut().filter(|open| !open.broken) else {
             return true;
         };
-        if self.shared.session.lock().ready().is_none() {
+        let Some(version) = self.shared.session.lock().ready() else {
             return true;
-        }
+        };
         if !open.leaving {
             open.leaving = true;
             open.busy_at = now;
-            self.shared.controller.leave();
+            self.shared.controller.leave(version);
             channel.renew_lease();
             open.results.give_up();
         }
@@ -160,7 +167,8 @@ impl Provider for Storvsp {
         if open.taken != 0 || !channel.is_drained().unwrap_or(true) {
             open.busy_at = now;
         }
-        now.saturating_sub(open.busy_at) >= QUIET
+        let done = self.shared.controller.is_let_go();
+        now.saturating_sub(open.busy_at) >= if done { QUIET } else { SILENT }
     }
 
     fn closed(&mut self) {
@@ -440,6 +448,9 @@ impl Server<'_> {
                 return outcome.into();
             }
         };
+        if unit.is_none() {
+            controller.note(srb.address, &command);
+        }
         match (command, unit) {
             (Command::ReportLuns { select, allocation }, _) => {
                 let address = srb.address;

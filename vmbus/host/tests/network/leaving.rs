@@ -61,7 +61,7 @@ fn a_guest_that_gives_nothing_back_does_not_keep_a_card() {
     peer.send(&frame_to(MAC, PEER, b"kept")).unwrap();
     assert_eq!(guest.frames().len(), 1);
     take_away(&guest);
-    pass(&guest, 9 * SECOND);
+    pass(&guest, 29 * SECOND);
     assert!(is_offered(&guest));
     pass(&guest, 2 * SECOND);
     assert!(!is_offered(&guest));

@@ -203,7 +203,7 @@ fn sent_again(session: &mut Session) -> Result<u64> {
 }
 
 /// The host ends what is under way and tells of it before it takes the controller away; Linux lets
-/// go of every disk of it.
+/// go of every disk of it, and of the controller, which then can be offered again.
 fn disk_taken(session: &mut Session) -> Result<String> {
     let disk = session.disk(CONTROLLER, MEMORY)?;
     // Slow enough that a request is under way when it goes.
@@ -230,12 +230,25 @@ fn disk_taken(session: &mut Session) -> Result<String> {
         reader.status,
         reader.output
     );
+    // Its SCSI host is the last that goes.
+    let hosts = "ls /sys/class/scsi_host | wc -l";
     session
         .guest()
-        .until(&format!("[ ! -e {directory} ]"), LONG)?;
+        .until(&format!("[ ! -e {directory} -a $({hosts}) = 0 ]"), LONG)?;
     let left = session.sh("cat /proc/partitions | sed 1,2d")?;
     ensure!(left.is_empty(), "disks that are left: {left}");
-    Ok("the reader is told, and every disk of the controller goes".into())
+    session.ctl("offer", json!({ "device": CONTROLLER }))?;
+    clear(session, CONTROLLER)?;
+    let found = format!("{directory}/host*/target*/*:0:0:{MEMORY}/block/*");
+    session.guest().until(&format!("[ -e {found} ]"), LONG)?;
+    let disk = session.disk(CONTROLLER, MEMORY)?;
+    session.sh(&format!(
+        "dd if=/dev/{disk} of=/dev/null bs=1M count=8 iflag=direct status=none"
+    ))?;
+    Ok(
+        "the reader is told, and every disk of the controller goes; offered again, it is read from"
+            .into(),
+    )
 }
 
 fn lossy(session: &mut Session) -> Result<String> {

@@ -281,8 +281,9 @@ impl LogicalUnit {
         }
     }
 
-    fn mode_sense(&self, state: &State, ask: &ModeSense) -> Result<Do, Sense> {
+    fn mode_sense(&self, state: &mut State, ask: &ModeSense) -> Result<Do, Sense> {
         let answer = self.modes(state).sense(ask)?;
+        state.cache_told |= self.kind == Kind::Disk && ask.is_of_cache();
         Ok(Do::Answer(answer, ask.allocation.into()))
     }
 

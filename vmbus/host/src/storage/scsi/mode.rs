@@ -21,6 +21,13 @@ const ALL: u8 = 0x3F;
 /// WCE in the caching page: what was written may wait in a cache.
 const WRITE_CACHE: u8 = 0x04;
 
+impl ModeSense {
+    /// Whether a disk's answer tells of its cache.
+    pub(super) const fn is_of_cache(&self) -> bool {
+        matches!(self.page, CACHING | ALL)
+    }
+}
+
 /// What there is to tell of a unit.
 #[derive(Clone, Copy, Debug)]
 pub struct Modes {

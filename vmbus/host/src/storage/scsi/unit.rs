@@ -101,6 +101,8 @@ pub(super) struct State {
     pub(super) event: Option<disc::Event>,
     /// Whether writes may wait in a cache.
     pub(super) write_cache: bool,
+    /// The guest has been told that they may.
+    pub(super) cache_told: bool,
     attentions: Vec<Attention>,
     /// Sense data that could not be told with its command.
     pub(super) sense: Option<Sense>,
@@ -184,6 +186,7 @@ impl LogicalUnit {
                 locked: false,
                 event: None,
                 write_cache: false,
+                cache_told: false,
                 attentions: Vec::new(),
                 sense: None,
                 sectors: 0,
@@ -216,7 +219,14 @@ impl LogicalUnit {
         state.event = None;
         state.attentions.clear();
         state.sense = None;
+        state.cache_told = false;
         self.settle(&mut state);
+    }
+
+    /// Whether the guest knows of a cache, and so flushes it when the unit goes.
+    pub fn has_known_cache(&self) -> bool {
+        let state = self.state.lock();
+        state.write_cache && state.cache_told
     }
 
     /// The guest learns the size anew, and the cache is what the disk says.
