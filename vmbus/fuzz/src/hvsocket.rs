@@ -46,6 +46,10 @@ const SERVICE: Service = Service::port(5000);
 /// The most connections in [`host_hvsocket`].
 const CONNECTIONS: usize = 4;
 
+/// How much time goes by in an input at most, beyond every time limit of a connection: the host looks every 10 ms at a guest
+/// that does not read.
+const TIME: u64 = 60 * SECOND;
+
 impl Backend for Listeners {
     fn connect(&mut self, service: Service) -> Option<Box<dyn Stream>> {
         if service != SERVICE {
@@ -94,6 +98,7 @@ pub fn host_hvsocket(data: &[u8]) {
         let packet = RawPacket::in_band(payload);
         let _ = channel.channel().raw(|rings| rings.write(&packet));
     };
+    let mut left = TIME;
     for step in steps(data) {
         match step {
             Step::Packet(bytes) => write(bytes),
@@ -115,7 +120,11 @@ pub fn host_hvsocket(data: &[u8]) {
             Step::Send(count) => drop(end.send(&vec![7; usize::from(count)])),
             Step::Receive(count) => drop(end.receive(usize::from(count))),
             Step::Finish => end.finish(),
-            Step::Advance(by) => machine.advance(u64::from(by)),
+            Step::Advance(by) => {
+                let by = u64::from(by).min(left);
+                left -= by;
+                machine.advance(by);
+            }
             Step::Close => channel.disable(),
         }
         machine.settle();

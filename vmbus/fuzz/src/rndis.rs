@@ -58,8 +58,25 @@ pub(crate) struct Made<'a>(
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const PEER: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
+/// Bytes of data in all frames of an input: more make it slow, not deep.
+const DATA: usize = 4 << 20;
+
 /// Bytes that an answer may have at most, to fit a piece of the least receive buffer.
 const ANSWER: usize = 1514 + 256;
+
+impl Step<'_> {
+    /// Bytes of data in the frame that it makes.
+    fn data(&self) -> usize {
+        match self {
+            Self::Checksums(made, _)
+            | Self::Segment(made, _)
+            | Self::Whole(made)
+            | Self::Tag(made, _) => made.1.into(),
+            Self::Arrive(_, data, _) => (*data).into(),
+            _ => 0,
+        }
+    }
+}
 
 impl Made<'_> {
     fn frame(self) -> Vec<u8> {
@@ -267,7 +284,12 @@ pub fn rndis(data: &[u8]) {
     };
     messages(data);
     let mut objects = Objects::new(*version);
-    for step in steps(data) {
+    let mut left = DATA;
+    for step in steps::<Step<'_>>(data) {
+        let Some(rest) = left.checked_sub(step.data()) else {
+            break;
+        };
+        left = rest;
         match step {
             Step::Messages(bytes) => messages(bytes),
             Step::Nvsp(bytes) => drop(nvsp::Request::parse(bytes)),
