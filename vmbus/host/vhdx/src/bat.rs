@@ -212,6 +212,13 @@ impl Bat {
         })
     }
 
+    /// Where the page of a block's entry is in the file, when it has been zeros until now: it may be a hole there.
+    pub fn hole(&self, block: u64) -> Option<u64> {
+        let number = self.index_of(block) / PER_PAGE;
+        let is_kept = self.pages.contains_key(&number);
+        (!is_kept).then_some(self.region.offset + number * SECTOR)
+    }
+
     fn put(&mut self, block: u64, entry: Entry) -> u64 {
         let index = self.index_of(block);
         let number = index / PER_PAGE;

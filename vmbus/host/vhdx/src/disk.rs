@@ -7,6 +7,9 @@
 //! 3. writes the pages in their places, which the next flush's first step makes durable.
 //!
 //! A block's place is used for another block only after the BAT that no longer names it is durable.
+//!
+//! When the storage is full, the write that finds no room fails, and nothing else: log and BAT get their room before anything
+//! depends on it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -15,7 +18,7 @@ use uuid::Uuid;
 
 use crate::bat::{Bat, Entry, State};
 use crate::error::{Error, Result};
-use crate::format::Guid;
+use crate::format::{Guid, SECTOR};
 use crate::header::Headers;
 use crate::log::{LogWriter, MAX_SECTORS};
 use crate::metadata::Parameters;
@@ -249,6 +252,9 @@ impl Vhdx {
         if entry.state == State::Present {
             return Ok(self.storage.write_at(entry.offset + part.within, data)?);
         }
+        if let Some(hole) = blocks.bat.hole(part.block) {
+            self.storage.write_at(hole, &[0; SECTOR as usize])?;
+        }
         let place = match entry.offset {
             0 => blocks.space.allocate()?,
             held => Place::Used(held),
@@ -377,6 +383,7 @@ impl Vhdx {
         if self.modified.load(Ordering::Acquire) {
             return Ok(());
         }
+        journal.make_room(&self.storage)?;
         self.essential(|| {
             journal.headers.update(&self.storage, |header| {
                 header.file_write = Uuid::new_v4().into();
@@ -442,25 +449,29 @@ impl Vhdx {
 }
 
 impl Journal {
+    /// Fills the log, which is not in use yet, with zeros: it may be a hole in the file.
+    fn make_room(&self, storage: &dyn Storage) -> Result<()> {
+        let (place, size) = self.headers.log_place();
+        // No longer than what is read.
+        let zeros = vec![0; usize::try_from(size).unwrap_or(0)];
+        Ok(storage.write_at(place, &zeros)?)
+    }
+
     /// Makes an entry of the log durable, and the log known.
     fn log(
         &mut self,
         storage: &dyn Storage,
-        sectors: &[(u64, Box<[u8; crate::format::SECTOR as usize]>)],
+        sectors: &[(u64, Box<[u8; SECTOR as usize]>)],
     ) -> Result<()> {
         let length = storage.length()?;
         if let Some(log) = &mut self.log {
             log.write(storage, sectors, length)?;
             return Ok(storage.sync()?);
         }
-        let (place, size) = self.headers.log_place();
-        let least = 2 * (MAX_SECTORS as u64 + 1) * crate::format::SECTOR;
-        if size < least {
-            return Err(Error::Unsupported("a disk without a log".into()));
-        }
+        let (offset, length_of_log) = self.headers.log_place();
         let extent = Extent {
-            offset: place,
-            length: size,
+            offset,
+            length: length_of_log,
         };
         // The header names a log only when it holds an entry.
         let mut log = LogWriter::new(extent);

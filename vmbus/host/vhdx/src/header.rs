@@ -62,6 +62,9 @@ impl Headers {
         if offset < MIB || !offset.is_multiple_of(MIB) || !length.is_multiple_of(MIB) {
             return Err(damaged("the log's place is not a multiple of 1 MiB"));
         }
+        if length == 0 {
+            return Err(damaged("they name no log"));
+        }
         if length > MAX_LOG {
             return Err(Error::Unsupported(format!(
                 "its log of {} MiB is too long",

@@ -70,6 +70,10 @@ pub fn read(storage: &dyn Storage, log: Extent) -> Result<Regions> {
     let (mut bat, mut metadata) = (None, None);
     let mut all = vec![log];
     let length = storage.length()?;
+    if log.end() > length {
+        let why = "the log lies beyond the end of the file";
+        return Err(Error::damaged(Part::Headers, why));
+    }
     for entry in rest.chunks_exact(size_of::<RegionEntry>()).take(count) {
         let entry =
             RegionEntry::read_from_bytes(entry).map_err(|_| damaged("an entry is cut short"))?;
@@ -97,7 +101,6 @@ pub fn read(storage: &dyn Storage, log: Extent) -> Result<Regions> {
         }
         all.push(extent);
     }
-    all.retain(|extent| extent.length > 0);
     all.sort_unstable();
     if all.windows(2).any(|pair| pair[0].end() > pair[1].offset) {
         return Err(damaged("regions or log overlap"));

@@ -5,6 +5,7 @@ use std::io;
 use uuid::Uuid;
 use zerocopy::IntoBytes;
 
+use crate::MIB;
 use crate::format::{DataSector, Descriptor, Guid, LogEntryHeader, SECTOR, seal};
 use crate::region::Extent;
 use crate::storage::Storage;
@@ -12,6 +13,7 @@ use crate::storage::Storage;
 /// The most sectors of an entry: their descriptors and the header fill one sector. Two such entries fit into a log of 1 MiB, so
 /// that a new one never destroys the one before it.
 pub const MAX_SECTORS: usize = 126;
+const _: () = assert!(2 * (MAX_SECTORS as u64 + 1) * SECTOR <= MIB);
 
 /// The log of one session of writing.
 #[derive(Debug)]

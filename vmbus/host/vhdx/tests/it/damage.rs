@@ -108,6 +108,14 @@ fn headers_must_be_valid_and_known() {
     assert!(place.contains("not a multiple of 1 MiB"), "{place}");
     let long = refused(|file| headers(file, |header| header[71] = 0x10));
     assert_eq!(long, "is not supported: its log of 257 MiB is too long");
+    // Found only when somebody flushes, it would be too late.
+    let none = refused(|file| headers(file, |header| header[70] = 0));
+    assert_eq!(none, "is damaged in its headers: they name no log");
+    let beyond = refused(|file| headers(file, |header| header[76] = 1));
+    assert_eq!(
+        beyond,
+        "is damaged in its headers: the log lies beyond the end of the file"
+    );
 }
 
 #[test]

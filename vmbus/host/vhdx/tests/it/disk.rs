@@ -1,8 +1,9 @@
 //! What a disk holds, how it grows, and what its headers say of it.
 
+use std::collections::BTreeSet;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use vhdx::{Error, Finding, MIB, MemoryStorage, Settings, Storage, Uuid, Vhdx, check, create};
 
@@ -409,8 +410,8 @@ impl Storage for Failing {
 
 #[test]
 fn a_full_storage_fails_the_write_and_keeps_the_disk() {
-    // The first two operations after the headers' update are the growth and the write of the block.
-    for left in [4, 5] {
+    // The log, the headers (each written and synced), the page of the BAT, the growth and the write of the block.
+    for left in 5..8 {
         let storage = made(&small(4 * MIB));
         let failing = Arc::new(Failing {
             storage: storage.clone(),
@@ -501,4 +502,88 @@ fn a_block_that_is_written_and_given_back_again_and_again_does_not_grow_the_file
         disk.close().unwrap();
         assert_eq!(read(&open(&storage), 0, 4096), data);
     }
+}
+
+/// A file system with so much room: what is a hole takes none.
+struct FileSystem {
+    storage: MemoryStorage,
+    room: AtomicU64,
+    /// Pages that have their room.
+    pages: Mutex<BTreeSet<u64>>,
+}
+
+impl FileSystem {
+    const PAGE: u64 = 4096;
+
+    /// Gives these bytes room, where they have none.
+    fn take(&self, offset: u64, length: u64) -> io::Result<()> {
+        let mut pages = self.pages.lock().unwrap();
+        let range = offset / Self::PAGE..(offset + length).div_ceil(Self::PAGE);
+        let new: Vec<_> = range.filter(|page| !pages.contains(page)).collect();
+        let room = self.room.load(Ordering::Relaxed);
+        let rest = room.checked_sub(new.len() as u64 * Self::PAGE);
+        let rest = rest.ok_or(io::ErrorKind::StorageFull)?;
+        self.room.store(rest, Ordering::Relaxed);
+        pages.extend(new);
+        Ok(())
+    }
+}
+
+impl Storage for FileSystem {
+    fn length(&self) -> io::Result<u64> {
+        self.storage.length()
+    }
+    fn read_at(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.storage.read_at(offset, data)
+    }
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.take(offset, data.len() as u64)?;
+        self.storage.write_at(offset, data)
+    }
+    fn set_length(&self, length: u64) -> io::Result<()> {
+        self.storage.set_length(length)
+    }
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_full_file_system_fails_writes_and_no_flush_and_takes_writes_when_there_is_room_again() {
+    let made = made(&small(1024 * MIB));
+    for room in 0..512 {
+        let storage = Arc::new(FileSystem {
+            storage: made.copy(),
+            room: AtomicU64::new(room * FileSystem::PAGE),
+            // What another program has made may have holes behind its headers.
+            pages: Mutex::new((0..MIB / FileSystem::PAGE).collect()),
+        });
+        let disk = Vhdx::open(storage.clone(), false).unwrap();
+        let mut written = Vec::new();
+        // In three pages of the BAT.
+        for offset in [0, 600 * MIB, MIB, 1023 * MIB].into_iter().cycle() {
+            let offset = offset + 4096 * written.len() as u64;
+            if written.len() == 8 {
+                break;
+            }
+            match disk.write(offset, &[7; 4096]) {
+                Ok(()) => written.push(offset),
+                Err(error) if error.is_no_space() => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        disk.flush().unwrap();
+        storage.room.store(64 * MIB, Ordering::Relaxed);
+        disk.write(512 * MIB, &[8; 4096]).unwrap();
+        disk.close().unwrap();
+        let disk = Vhdx::open(storage, true).unwrap();
+        for offset in written.iter().copied() {
+            assert_eq!(read(&disk, offset, 4096), [7; 4096], "{room}");
+        }
+        assert_eq!(read(&disk, 512 * MIB, 4096), [8; 4096]);
+        if written.len() == 8 {
+            return;
+        }
+    }
+    panic!("the room never suffices");
 }
