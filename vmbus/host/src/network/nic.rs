@@ -6,11 +6,12 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
-use super::backend::{Backend, SendError};
+use super::backend::{Backend, LargeSends, SendError};
 use super::counters::{Counters, Live};
 use super::netvsp::MAX_FRAME;
 use super::nvsp::Version;
 use super::offload::ETHERNET;
+use super::offload::Segmentation;
 use crate::provider::Link;
 use crate::sync::Mutex;
 
@@ -272,17 +273,43 @@ impl Nic {
         &*self.backend
     }
 
+    /// What the network does with large frames. While frames are written down they are cut here, so that they are written
+    /// down as they go.
+    pub(super) fn large_sends(&self) -> LargeSends {
+        match self.backend.large_sends() {
+            LargeSends::Cut if self.capture.lock().is_some() => LargeSends::None,
+            does => does,
+        }
+    }
+
     /// Hands a frame of the guest to the network.
     ///
     /// # Errors
     ///
     /// The network has no room for it now.
     pub(super) fn send(&self, frame: &[u8]) -> Result<(), Full> {
+        self.send_by(frame, || self.backend.send(frame))
+    }
+
+    /// Hands a TCP frame to a network that cuts it.
+    ///
+    /// # Errors
+    ///
+    /// As of [`send`](Self::send).
+    pub(super) fn send_large(&self, frame: &[u8], cut: &Segmentation) -> Result<(), Full> {
+        self.send_by(frame, || self.backend.send_large(frame, cut))
+    }
+
+    fn send_by(
+        &self,
+        frame: &[u8],
+        send: impl FnOnce() -> Result<(), SendError>,
+    ) -> Result<(), Full> {
         if !self.settings.lock().is_plugged() {
             self.counters.sent_link_down.one();
             return Ok(());
         }
-        match self.backend.send(frame) {
+        match send() {
             Ok(()) => {
                 self.counters.sent_frames.one();
                 self.counters.sent_bytes.add(frame.len() as u64);

@@ -9,7 +9,7 @@ use vmbus::hypervisor::Hypervisor;
 use vmbus::ids::{ChannelId, PAGE_SIZE};
 use vmbus::kmcl::{
     Channel, ChannelBuilder, EnabledChannel, ExternalData, Gpadl, GpadlAccess, GpadlSource,
-    IncomingPacket, ReceivedPacket, SharedPages, State, Timeout,
+    IncomingPacket, ReceivedPacket, Request, SharedPages, State, Timeout,
 };
 use vmbus::protocol::{Guid, interface};
 use vmbus_host::bus::Profile;
@@ -477,6 +477,17 @@ impl Guest {
         let message = rndis_packet(frame, info);
         let head = 44 + 16 * info.len();
         self.deliver(how, 0, &message, head)
+    }
+
+    /// Sends a message in pages, and does not wait for the answer.
+    pub fn begin(&self, message: &[u8]) -> Request {
+        let pages = self.pages(message.len().div_ceil(4096));
+        pages.write(0, message).unwrap();
+        let mut external = ExternalData::new();
+        external.push(pages, 0..message.len()).unwrap();
+        let mut said = words(&[107, 0, u32::MAX, 0]);
+        said.resize(40, 0);
+        self.channel().request(&said, external, Timeout::Never)
     }
 
     /// The frames that came.

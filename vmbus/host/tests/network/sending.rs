@@ -3,10 +3,10 @@
 use etherparse::PacketBuilder;
 use vmbus::hypervisor::Hypervisor;
 use vmbus::kmcl::ExternalData;
-use vmbus_host::network::Direction;
-use vmbus_host::network::backend::{Backend, SendError, Waker};
-use vmbus_host::network::offload::{Headers, verify_checksums};
+use vmbus_host::network::backend::{Backend, LargeSends, SendError, Waker};
+use vmbus_host::network::offload::{Headers, Ip, Segmentation, sum, verify_checksums};
 use vmbus_host::network::rndis::ReceiveChecksum;
+use vmbus_host::network::{Capture, Direction};
 
 use crate::guest::{Guest, How, MAC, PEER, SECTION, frame_to, rndis_packet, word, words};
 use crate::support::SECOND;
@@ -171,8 +171,45 @@ impl Backend for Wide {
         None
     }
     fn set_waker(&self, _waker: Option<Waker>) {}
-    fn large_send(&self) -> Option<usize> {
-        Some(65534)
+    fn large_sends(&self) -> LargeSends {
+        LargeSends::Whole(65534)
+    }
+}
+
+/// A network that cuts large frames, while it has room for them.
+#[derive(Clone, Default)]
+struct Cutter(std::sync::Arc<std::sync::Mutex<Cut>>);
+
+#[derive(Default)]
+struct Cut {
+    large: Vec<(Vec<u8>, Segmentation)>,
+    plain: Vec<Vec<u8>>,
+    is_full: bool,
+}
+
+impl Backend for Cutter {
+    fn send(&self, frame: &[u8]) -> Result<(), SendError> {
+        let mut cut = self.0.lock().unwrap();
+        if cut.is_full {
+            return Err(SendError::Full);
+        }
+        cut.plain.push(frame.to_vec());
+        Ok(())
+    }
+    fn receive(&self) -> Option<Vec<u8>> {
+        None
+    }
+    fn set_waker(&self, _waker: Option<Waker>) {}
+    fn large_sends(&self) -> LargeSends {
+        LargeSends::Cut
+    }
+    fn send_large(&self, frame: &[u8], how: &Segmentation) -> Result<(), SendError> {
+        let mut cut = self.0.lock().unwrap();
+        if cut.is_full {
+            return Err(SendError::Full);
+        }
+        cut.large.push((frame.to_vec(), *how));
+        Ok(())
     }
 }
 
@@ -190,6 +227,91 @@ fn a_network_that_takes_large_frames_gets_them_whole() {
         Some(1)
     );
     assert!(*wide.0.lock().unwrap() == [right]);
+}
+
+#[test]
+fn a_network_that_cuts_large_frames_gets_them_begun() {
+    for v6 in [false, true] {
+        let cutter = Cutter::default();
+        let mut guest = Guest::with(cutter.clone(), |_| {});
+        guest.set_up(vmbus_host::network::nvsp::Version::V6_1);
+        let right = tcp(&[9; 50_000], v6);
+        let (length, header, mss) = if v6 { (18, 74, 1440) } else { (16, 54, 1460) };
+        let mut frame = right.clone();
+        frame[length..length + 2].copy_from_slice(&[0, 0]);
+        let info = (2, mss | 1 << 30 | u32::from(v6) << 31);
+        assert_eq!(guest.send(How::Pages, &frame, &[info]), Some(1));
+        // One whose segments are longer than frames of the network may be.
+        assert_eq!(guest.send(How::Pages, &frame, &[(2, info.1 + 5)]), Some(1));
+        assert_eq!(guest.nic.counters().sent_not_applicable, 1);
+        let cut = cutter.0.lock().unwrap();
+        assert_eq!((cut.large.len(), cut.plain.len()), (1, 0));
+        let (got, how) = &cut.large[0];
+        assert_eq!(how.tcp, header - 20);
+        assert_eq!((how.headers, how.size), (header, mss as u16));
+        assert_eq!(how.ip, if v6 { Ip::V6 } else { Ip::V4 });
+        assert!(!how.congestion);
+        // Whoever adds the sum from the TCP header on, with what lies in the checksum's place, has the checksum.
+        let mut finished = got.clone();
+        let whole = !(sum(0, &got[how.tcp..]) as u16);
+        finished[how.tcp + 16..how.tcp + 18].copy_from_slice(&whole.to_be_bytes());
+        assert!(finished == right, "lengths, IP checksum, TCP checksum");
+    }
+}
+
+#[test]
+fn a_network_that_cuts_and_has_no_room_gets_segments_later() {
+    let cutter = Cutter::default();
+    let mut guest = Guest::with(cutter.clone(), |_| {});
+    guest.set_up(vmbus_host::network::nvsp::Version::V6_1);
+    cutter.0.lock().unwrap().is_full = true;
+    let frame = tcp(&[9; 5000], false);
+    let info = [(2, 1460 | 1 << 30)];
+    let waits = guest.begin(&rndis_packet(&frame, &info));
+    guest.vm.machine.settle();
+    assert_eq!(guest.nic.counters().sent_frames, 0);
+    cutter.0.lock().unwrap().is_full = false;
+    // What comes now stays behind it, and is not handed out whole.
+    let behind = guest.begin(&rndis_packet(&frame, &info));
+    guest.vm.machine.settle();
+    for asked in [waits, behind] {
+        guest.vm.vmbus.client().block_on(asked).unwrap().unwrap();
+    }
+    let cut = cutter.0.lock().unwrap();
+    assert_eq!((cut.large.len(), cut.plain.len()), (0, 8));
+    for frame in &cut.plain {
+        let headers = Headers::find(frame).unwrap();
+        let found = verify_checksums(frame, &headers).unwrap();
+        assert_eq!(found.0 & 7, 0, "nothing failed");
+    }
+}
+
+#[test]
+fn what_is_written_down_is_what_goes() {
+    let cutter = Cutter::default();
+    let mut guest = Guest::with(cutter.clone(), |_| {});
+    guest.set_up(vmbus_host::network::nvsp::Version::V6_1);
+    let send = || {
+        let frame = tcp(&[9; 5000], false);
+        assert_eq!(
+            guest.send(How::Pages, &frame, &[(2, 1460 | 1 << 30)]),
+            Some(1)
+        );
+        let cut = cutter.0.lock().unwrap();
+        (cut.large.len(), cut.plain.len())
+    };
+    assert_eq!(send(), (1, 0));
+    guest.nic.set_capture(Some(Box::new(Nothing)));
+    assert_eq!(send(), (1, 4));
+    guest.nic.set_capture(None);
+    assert_eq!(send(), (2, 4));
+}
+
+/// Writes nothing down.
+struct Nothing;
+
+impl Capture for Nothing {
+    fn frame(&mut self, _direction: Direction, _frame: &[u8]) {}
 }
 
 #[test]
@@ -318,17 +440,8 @@ fn what_one_packet_becomes_is_bounded() {
     frame.extend([0; 8 * 161 - 2]);
     frame.extend(tcp);
     let message = rndis_packet(&frame, &[(2, 1 << 30 | 28)]);
-    let bytes = message.len();
     // The answer waits behind the frames.
-    let pages = guest.pages(bytes.div_ceil(4096));
-    pages.write(0, &message).unwrap();
-    let mut external = ExternalData::new();
-    external.push(pages, 0..bytes).unwrap();
-    let mut said = words(&[107, 0, u32::MAX, 0]);
-    said.resize(40, 0);
-    let asked = guest
-        .channel()
-        .request(&said, external, vmbus::kmcl::Timeout::Never);
+    let asked = guest.begin(&message);
     guest.vm.machine.settle();
     let dropped = guest.nic.counters().sent_dropped;
     assert!(dropped > 0, "there is no room for all");
@@ -368,7 +481,7 @@ fn frames_of_a_card_without_a_cable_are_lost_and_counted() {
 fn a_capture_has_the_frames_as_the_network_sees_them() {
     type Written = std::sync::Arc<std::sync::Mutex<Vec<(Direction, Vec<u8>)>>>;
     struct Notes(Written);
-    impl vmbus_host::network::Capture for Notes {
+    impl Capture for Notes {
         fn frame(&mut self, direction: Direction, frame: &[u8]) {
             self.0.lock().unwrap().push((direction, frame.to_vec()));
         }

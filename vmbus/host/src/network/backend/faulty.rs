@@ -4,7 +4,8 @@ use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use super::{Backend, SendError, Waker};
+use super::{Backend, LargeSends, SendError, Waker};
+use crate::network::offload::Segmentation;
 use crate::sync::Mutex;
 
 /// How far a reordered frame falls behind, in units of 100 ns.
@@ -104,6 +105,15 @@ impl<B: Backend> Faulty<B> {
 }
 
 impl State {
+    /// Whether a frame of the card goes as it is, and behind no other.
+    fn is_faultless(&self) -> bool {
+        let [out, _] = &self.lanes;
+        self.faults == Faults::default()
+            && out.due.is_empty()
+            && out.fresh.is_empty()
+            && out.waiting.is_empty()
+    }
+
     /// Throws the dice for a frame, and puts what is left of it in its lane.
     fn admit(&mut self, lane: usize, mut frame: Vec<u8>) {
         let Faults {
@@ -216,8 +226,16 @@ impl<B: Backend> Backend for Faulty<B> {
         self.inner.is_up()
     }
 
-    fn large_send(&self) -> Option<usize> {
-        self.inner.large_send()
+    fn large_sends(&self) -> LargeSends {
+        match self.inner.large_sends() {
+            // Faults are for each frame.
+            LargeSends::Cut if !self.state.lock().is_faultless() => LargeSends::None,
+            inner => inner,
+        }
+    }
+
+    fn send_large(&self, frame: &[u8], cut: &Segmentation) -> Result<(), SendError> {
+        self.inner.send_large(frame, cut)
     }
 
     fn pass(&self, now: u64) -> Option<u64> {

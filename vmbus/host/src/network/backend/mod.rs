@@ -11,6 +11,8 @@ mod tap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
+use super::offload::Segmentation;
+
 pub use faulty::{FaultControl, Faults, Faulty};
 pub use pair::{Loop, Nowhere, Pair};
 #[cfg(all(feature = "std", unix))]
@@ -44,9 +46,19 @@ pub trait Backend: Send + Sync {
         true
     }
 
-    /// The longest TCP frame in bytes that the network takes uncut, if it takes longer ones than its MTU says.
-    fn large_send(&self) -> Option<usize> {
-        None
+    /// What it does with TCP frames that are longer than its MTU.
+    fn large_sends(&self) -> LargeSends {
+        LargeSends::None
+    }
+
+    /// Sends a TCP frame that the network cuts, where [`large_sends`](Self::large_sends) says that it does.
+    ///
+    /// # Errors
+    ///
+    /// As of [`send`](Self::send).
+    fn send_large(&self, frame: &[u8], cut: &Segmentation) -> Result<(), SendError> {
+        let _ = (frame, cut);
+        Err(SendError::Full)
     }
 
     /// Time has passed: networks that are slow on purpose move what is due. `now` is reference time in units of 100 ns, and so
@@ -55,6 +67,17 @@ pub trait Backend: Send + Sync {
         let _ = now;
         None
     }
+}
+
+/// What a network does with TCP frames that are longer than its MTU.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LargeSends {
+    /// It does not take them. The card cuts them.
+    None,
+    /// It takes them whole, with their checksums, up to so many bytes of frame.
+    Whole(usize),
+    /// It cuts them, and computes the checksums.
+    Cut,
 }
 
 /// Why a network does not take a frame.

@@ -14,7 +14,7 @@ use std::time::Duration;
 use std::vec::Vec;
 
 use super::queue::Queue;
-use super::{Backend, SendError, Waker};
+use super::{Backend, LargeSends, SendError, Waker};
 use crate::sync::Mutex;
 
 /// The longest frame in bytes: what passt's `--mtu 65520` and an Ethernet header make.
@@ -235,8 +235,8 @@ impl Backend for Stream {
         self.shared.up.load(Ordering::SeqCst)
     }
 
-    fn large_send(&self) -> Option<usize> {
-        Some(LONGEST)
+    fn large_sends(&self) -> LargeSends {
+        LargeSends::Whole(LONGEST)
     }
 }
 

@@ -12,11 +12,15 @@ use std::vec::Vec;
 use tun::{Configuration, Device, Layer};
 
 use super::queue::Queue;
-use super::{Backend, SendError, Waker};
+use super::{Backend, LargeSends, SendError, Waker};
+use crate::network::offload::{Ip, Segmentation, Transport};
 use crate::sync::Mutex;
 
 /// The longest frame in bytes.
 const LONGEST: usize = 64 << 10;
+
+/// Bytes that precede every frame (`struct virtio_net_hdr`, virtio 1.3, 5.1.6, without `num_buffers`).
+const HEADER: usize = 10;
 
 /// How long the reader sleeps before it looks whether it is still wanted.
 const LOOK: Duration = Duration::from_millis(200);
@@ -44,6 +48,8 @@ pub struct Tap {
 
 struct Shared {
     device: Device,
+    /// To put a frame and its header together in.
+    outgoing: Mutex<Vec<u8>>,
     incoming: Queue,
     closing: AtomicBool,
     waker: Mutex<Option<Waker>>,
@@ -64,7 +70,7 @@ impl Tap {
         config.tun_name(name).layer(Layer::L2);
         // Addresses and state of the device are the user's.
         config.platform_config(|platform| {
-            platform.ensure_root_privileges(false);
+            platform.ensure_root_privileges(false).vnet_hdr(true);
         });
         let device = Device::new(&config).map_err(|error| {
             failed(match io::Error::from(error) {
@@ -75,8 +81,12 @@ impl Tap {
                 error => error.to_string(),
             })
         })?;
+        device
+            .set_nonblock()
+            .map_err(|error| failed(error.to_string()))?;
         let shared = Arc::new(Shared {
             device,
+            outgoing: Mutex::new(Vec::new()),
             incoming: Queue::default(),
             closing: AtomicBool::new(false),
             waker: Mutex::new(None),
@@ -93,10 +103,28 @@ impl Tap {
 }
 
 impl Shared {
+    fn write(&self, header: [u8; HEADER], frame: &[u8]) -> Result<(), SendError> {
+        let mut whole = self.outgoing.lock();
+        whole.clear();
+        whole.extend_from_slice(&header);
+        whole.extend_from_slice(frame);
+        match self.device.send(&whole) {
+            Ok(_) => Ok(()),
+            // A device that is down, or a frame beyond its MTU.
+            Err(_) => Err(SendError::Down),
+        }
+    }
+
     fn read_all(&self) {
-        let mut buffer = std::vec![0; LONGEST];
+        let mut buffer = std::vec![0; HEADER + LONGEST];
         while !self.closing.load(Ordering::SeqCst) {
-            let length = match self.device.recv_timeout(&mut buffer, LOOK) {
+            let received = match self.device.recv(&mut buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.device.recv_timeout(&mut buffer, LOOK)
+                }
+                received => received,
+            };
+            let length = match received {
                 Ok(length) => length,
                 Err(error) if error.kind() == io::ErrorKind::TimedOut => continue,
                 Err(_) => {
@@ -105,7 +133,8 @@ impl Shared {
                     continue;
                 }
             };
-            let frame = buffer.get(..length).unwrap_or_default().to_vec();
+            // Nobody has told the device that we take anything else than whole frames, so nothing in the header matters.
+            let frame = buffer.get(HEADER..length).unwrap_or_default().to_vec();
             match self.incoming.push_waiting(frame) {
                 None => return,
                 Some(true) => {
@@ -120,13 +149,41 @@ impl Shared {
     }
 }
 
+/// What the device has to know of a frame that it cuts. All numbers are of this computer's byte order.
+fn header(cut: &Segmentation) -> [u8; HEADER] {
+    const NEEDS_CHECKSUM: u8 = 1;
+    const CONGESTION: u8 = 0x80;
+    let kind = match cut.ip {
+        Ip::V4 => 1,
+        Ip::V6 => 4,
+    };
+    let kind = kind | if cut.congestion { CONGESTION } else { 0 };
+    // No frame that has been cut in two here is that long.
+    let number = |number: usize| u16::try_from(number).unwrap_or(u16::MAX);
+    let mut header = [NEEDS_CHECKSUM, kind, 0, 0, 0, 0, 0, 0, 0, 0];
+    let numbers = [
+        number(cut.headers),
+        cut.size,
+        number(cut.tcp),
+        number(Transport::Tcp.checksum_offset()),
+    ];
+    for (place, number) in header.as_chunks_mut().0.iter_mut().skip(1).zip(numbers) {
+        *place = number.to_ne_bytes();
+    }
+    header
+}
+
 impl Backend for Tap {
     fn send(&self, frame: &[u8]) -> Result<(), SendError> {
-        match self.shared.device.send(frame) {
-            Ok(_) => Ok(()),
-            // A device that is down, or a frame beyond its MTU.
-            Err(_) => Err(SendError::Down),
-        }
+        self.shared.write([0; HEADER], frame)
+    }
+
+    fn large_sends(&self) -> LargeSends {
+        LargeSends::Cut
+    }
+
+    fn send_large(&self, frame: &[u8], cut: &Segmentation) -> Result<(), SendError> {
+        self.shared.write(header(cut), frame)
     }
 
     fn receive(&self) -> Option<Vec<u8>> {
@@ -149,5 +206,35 @@ impl Drop for Tap {
             // A thread that has panicked has said so.
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_frame_to_be_cut_is_announced_as_virtio_does() {
+        let cut = Segmentation {
+            ip: Ip::V6,
+            tcp: 54,
+            headers: 86,
+            size: 1428,
+            congestion: true,
+        };
+        let [flags, kind, numbers @ ..] = header(&cut);
+        assert_eq!((flags, kind), (1, 0x84));
+        let numbers = numbers
+            .as_chunks()
+            .0
+            .iter()
+            .map(|of| u16::from_ne_bytes(*of));
+        assert!(numbers.eq([86, 1428, 54, 16]));
+        let plain = Segmentation {
+            ip: Ip::V4,
+            congestion: false,
+            ..cut
+        };
+        assert_eq!(header(&plain)[..2], [1, 1]);
     }
 }

@@ -11,10 +11,11 @@ use super::path::{Out, Path, Scratch};
 use crate::bus::Access;
 use crate::channel::HostChannel;
 use crate::memory::MappedGpadl;
+use crate::network::backend::LargeSends;
 use crate::network::nic::Nic;
 use crate::network::nvsp::{Section, Status, Traffic};
 use crate::network::offload::{
-    ETHERNET, NotApplicable, VLAN, fill_checksums, insert_tag, resize_large, segment,
+    ETHERNET, NotApplicable, VLAN, fill_checksums, insert_tag, leave_uncut, resize_large, segment,
 };
 use crate::network::rndis::{Message, Messages, Packet};
 
@@ -166,25 +167,7 @@ impl Path {
         let mut done = Ok(());
         if let Some(large) = tasks.large_send {
             nic.counters.large_sends.one();
-            let whole = nic.backend().large_send();
-            if whole.is_some_and(|longest| buffer.len() <= longest) {
-                done = resize_large(buffer);
-                if done.is_ok() {
-                    self.emit(nic, buffer);
-                }
-            } else {
-                let mut too_long = false;
-                done = segment(buffer, large.segment(), piece, |piece| {
-                    if piece.len() <= longest {
-                        self.emit(nic, piece);
-                    } else {
-                        too_long = true;
-                    }
-                });
-                if too_long {
-                    done = Err(NotApplicable);
-                }
-            }
+            done = self.send_large(nic, buffer, large.segment(), longest, piece);
         } else {
             if buffer.len() > longest {
                 return false;
@@ -199,6 +182,45 @@ impl Path {
             nic.counters.sent_not_applicable.one();
         }
         true
+    }
+
+    /// Sends a TCP frame, in segments of at most `size` bytes of data, whoever cuts it.
+    fn send_large(
+        &mut self,
+        nic: &Nic,
+        frame: &mut [u8],
+        size: usize,
+        longest: usize,
+        piece: &mut Vec<u8>,
+    ) -> Result<(), NotApplicable> {
+        match nic.large_sends() {
+            LargeSends::Whole(longest) if frame.len() <= longest => {
+                resize_large(frame)?;
+                self.emit(nic, frame);
+                return Ok(());
+            }
+            LargeSends::Cut if !self.is_blocked() => {
+                let cut = leave_uncut(frame, size)?;
+                if cut.headers.saturating_add(size) > longest {
+                    return Err(NotApplicable);
+                }
+                if nic.send_large(frame, &cut).is_ok() {
+                    self.blocked_since = None;
+                    return Ok(());
+                }
+                // Without room for it now it waits in pieces.
+            }
+            _ => {}
+        }
+        let mut too_long = false;
+        segment(frame, size, piece, |piece| {
+            if piece.len() <= longest {
+                self.emit(nic, piece);
+            } else {
+                too_long = true;
+            }
+        })?;
+        if too_long { Err(NotApplicable) } else { Ok(()) }
     }
 
     /// Hands a frame to the network, behind those that wait for it.

@@ -79,6 +79,15 @@ fn fill_transport(frame: &mut [u8], headers: &Headers) -> Option<()> {
     Some(())
 }
 
+/// Puts the sum over the pseudo header where the TCP checksum belongs, for somebody who adds the rest.
+pub(super) fn begin_tcp(frame: &mut [u8], headers: &Headers) -> Option<()> {
+    let (transport, at, length) = transport_length(frame, headers)?;
+    let begun = pseudo_header(frame, headers, transport, length)? as u16;
+    let place = at.checked_add(transport.checksum_offset())?;
+    *frame.get_mut(place..)?.first_chunk_mut::<2>()? = begun.to_be_bytes();
+    Some(())
+}
+
 /// The IPv4 header with its options.
 fn ip_header(frame: &[u8], headers: &Headers) -> Option<core::ops::Range<usize>> {
     if headers.ip != Ip::V4 {
@@ -90,7 +99,7 @@ fn ip_header(frame: &[u8], headers: &Headers) -> Option<core::ops::Range<usize>>
 }
 
 /// Computes the checksum of the IPv4 header in place.
-fn fill_ip(frame: &mut [u8], headers: &Headers) -> Option<()> {
+pub(super) fn fill_ip(frame: &mut [u8], headers: &Headers) -> Option<()> {
     let header = frame.get_mut(ip_header(frame, headers)?)?;
     *header.get_mut(10..)?.first_chunk_mut::<2>()? = [0; 2];
     let checksum = !(sum(0, header) as u16);

@@ -10,7 +10,7 @@ mod tests;
 
 pub use checksum::{NotApplicable, fill_checksums, sum, verify_checksums};
 pub use headers::{Headers, Ip, Transport};
-pub use segment::{MIN_SEGMENT, resize_large, segment};
+pub use segment::{MIN_SEGMENT, Segmentation, leave_uncut, resize_large, segment};
 pub use vlan::{insert_tag, strip_tag};
 
 /// Bytes of an Ethernet header without tags.

@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use super::checksum::fill_all;
+use super::checksum::{begin_tcp, fill_all, fill_ip};
 use super::{Headers, Ip, NotApplicable, Transport};
 
 /// The least data of a segment: what IPv4's least MTU of 68 bytes leaves. Less would make a storm of one frame.
@@ -38,6 +38,12 @@ impl Large {
 
     /// Sets the datagram's length and all checksums of a frame that has these headers.
     fn finish(&self, frame: &mut [u8]) -> Result<(), NotApplicable> {
+        let headers = self.resize(frame)?;
+        fill_all(frame, &headers)
+    }
+
+    /// Sets the datagram's length of a frame that has these headers.
+    fn resize(&self, frame: &mut [u8]) -> Result<Headers, NotApplicable> {
         let headers = Headers {
             end: frame.len(),
             ..self.headers
@@ -49,7 +55,7 @@ impl Large {
         };
         let length = u16::try_from(length).map_err(|_| NotApplicable)?;
         put(frame, network + place, length.to_be_bytes()).ok_or(NotApplicable)?;
-        fill_all(frame, &headers)
+        Ok(headers)
     }
 }
 
@@ -125,4 +131,46 @@ pub fn segment(
 pub fn resize_large(frame: &mut [u8]) -> Result<(), NotApplicable> {
     let large = Large::find(frame)?;
     large.finish(frame)
+}
+
+/// What a network has to know to cut a TCP frame itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Segmentation {
+    /// Which IP it is.
+    pub ip: Ip,
+    /// Where the TCP header is, in bytes from the frame's beginning.
+    pub tcp: usize,
+    /// Bytes of all headers.
+    pub headers: usize,
+    /// Bytes of data in each segment but the last.
+    pub size: u16,
+    /// The first segment alone says that the congestion window was reduced (CWR).
+    pub congestion: bool,
+}
+
+/// Sets the lengths and the IP checksum of a TCP frame for a network that cuts it. Where its TCP checksum belongs is the sum over
+/// the pseudo header of the whole, as virtio asks for (virtio 1.3, 5.1.6.2).
+///
+/// # Errors
+///
+/// [`NotApplicable`] when this is no TCP frame, it is longer than IP can say, or `size` is below [`MIN_SEGMENT`].
+pub fn leave_uncut(frame: &mut [u8], size: usize) -> Result<Segmentation, NotApplicable> {
+    let large = Large::find(frame)?;
+    let size = u16::try_from(size).map_err(|_| NotApplicable)?;
+    if usize::from(size) < MIN_SEGMENT {
+        return Err(NotApplicable);
+    }
+    let headers = large.resize(frame)?;
+    if headers.ip == Ip::V4 {
+        fill_ip(frame, &headers).ok_or(NotApplicable)?;
+    }
+    begin_tcp(frame, &headers).ok_or(NotApplicable)?;
+    let [flags] = get::<1>(frame, large.tcp + 13).ok_or(NotApplicable)?;
+    Ok(Segmentation {
+        ip: headers.ip,
+        tcp: large.tcp,
+        headers: headers.payload,
+        size,
+        congestion: flags & FIRST_ONLY != 0,
+    })
 }

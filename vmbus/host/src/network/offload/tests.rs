@@ -326,6 +326,10 @@ proptest! {
         let _ = segment(&frame, size, &mut Vec::new(), |_| count += 1);
         prop_assert!(count <= 1 + frame.len() / MIN_SEGMENT);
         let _ = resize_large(&mut frame);
+        if let Ok(cut) = leave_uncut(&mut frame, size) {
+            prop_assert!(cut.tcp + 20 <= cut.headers && cut.headers <= frame.len());
+            prop_assert!(usize::from(cut.size) == size && size >= MIN_SEGMENT);
+        }
         if let Some(headers) = Headers::find(&frame) {
             prop_assert!(headers.payload <= headers.end && headers.end <= frame.len());
             let _ = verify_checksums(&frame, &headers);
