@@ -3,6 +3,7 @@
 
 mod guest;
 mod image;
+pub mod shell;
 
 pub use self::{
     guest::{Done, Guest, Status},

@@ -21,7 +21,7 @@ use crate::{
     machine::{Clock, Kind, Machine},
     packages::Packages,
     progress,
-    referee::Image,
+    referee::{Image, shell},
     workspace::Workspace,
 };
 
@@ -85,11 +85,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     };
     let machine = Machine::start(&workspace, &mut packages, Kind::Nested, clock)?;
     machine.write(SCHEDULER.0, SCHEDULER.1)?;
-    let busybox = tools
-        .program("busybox")
-        .context("the packages are without busybox")?;
-    machine.put_program("busybox", &fs::read(busybox)?)?;
-    machine.command(&["./busybox", "--install", "-s", "/bin"], sides::SOON)?;
+    shell::install(&machine, &tools)?;
     for (name, file) in [(KERNEL, &image.kernel), (INITRD, &image.initrd)] {
         let content = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
         machine.put(name, &content)?;

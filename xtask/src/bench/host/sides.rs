@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     machine::{Boot, Machine, Virtio, VmConfig},
-    referee::{CMDLINE, Contents, Guest},
+    referee::{CMDLINE, Contents, Guest, shell},
 };
 
 /// Drivers of both worlds. Our first process makes the requests to disks, busybox does the rest.
@@ -123,13 +123,14 @@ pub struct Side<'a> {
 
 /// Prepares the machine for both: files for HTTP, and the server.
 pub fn prepare(machine: &Machine) -> Result<()> {
-    run_here(
+    shell::run(
         machine,
         &format!(
             "mkdir -p www && {} && {}",
             files("www"),
             serve(&format!("0.0.0.0:{PORT}"), "www")
         ),
+        LONG,
     )
     .map(drop)
 }
@@ -138,9 +139,10 @@ impl<'a> Side<'a> {
     /// Boots the guest and makes it ready.
     pub fn start(host: Host, machine: &'a Machine, counter: &mut Counter) -> Result<Self> {
         let disk = host.disk();
-        run_here(
+        shell::run(
             machine,
             &format!("dd if=/dev/zero of={disk} bs=1M count={DISK_MIB}"),
+            LONG,
         )?;
         let vm = match host {
             Host::Enlit => machine.run_vmm(&enlit()),
@@ -164,9 +166,10 @@ impl<'a> Side<'a> {
             self.guest.sh(&loaded).with_context(missing)?;
         }
         let (network, tap) = (host.network(), host.tap());
-        run_here(
+        shell::run(
             self.machine,
             &format!("ip address add {network}.1/24 dev {tap} && ip link set {tap} up"),
+            LONG,
         )?;
         let guest = &mut self.guest;
         guest.until(&format!("[ -b /dev/{} ]", host.device()), SOON)?;
@@ -215,7 +218,7 @@ impl<'a> Side<'a> {
                     }
                     Direction::GuestToHost => {
                         let command = fetch(&format!("{network}.2:80"), file);
-                        run_here(self.machine, &command)?
+                        shell::run(self.machine, &command, LONG)?
                     }
                 };
                 fetched(&said)?
@@ -305,11 +308,6 @@ fn files(directory: &str) -> String {
 /// The shell's command for an HTTP server, which keeps nothing of the command open.
 fn serve(address: &str, directory: &str) -> String {
     format!("httpd -p {address} -h {directory} </dev/null >/dev/null 2>&1 3>&-")
-}
-
-/// Runs a command of the shell on the system that runs the VMs.
-fn run_here(machine: &Machine, command: &str) -> Result<String> {
-    machine.command(&["./busybox", "sh", "-c", command], LONG)
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use vhdx::Settings;
 use vmm::config::{Backend, Balloon, Config, Device, Lun, Network, Plain, Scsi, Vsock};
 
 use super::files::Files;
+use crate::machine::Kind;
 
 /// The SCSI controller.
 pub const CONTROLLER: &str = "disk0";
@@ -37,7 +38,13 @@ pub const WIRED: [&str; 2] = ["net0", "net1"];
 /// A network adapter in the user's own network.
 pub const USER: &str = "user";
 
-/// The address of the first of them.
+/// A network adapter on a TAP device, where the machine has one.
+pub const TAPPED: &str = "tapped";
+
+/// The TAP device, which goes with the VM.
+pub const TAP: &str = "tap-judge";
+
+/// The address of the first on the wire.
 pub const ADDRESS: &str = "00:15:5d:0e:71:17";
 
 /// The socket by which programs of this computer find the guest's.
@@ -112,6 +119,16 @@ pub fn everything_else(files: &Files) -> Result<Config> {
             path: files.machine().guest_sockets(&files.path(SOCKETS))?.into(),
         }),
     ]);
+    if files.machine().kind() == Kind::Nested {
+        config.devices.push(Device::Net(Network {
+            name: TAPPED.into(),
+            mac: None,
+            mtu: 1500,
+            queues: 1,
+            backend: Backend::Tap(TAP.into()),
+            pcap: None,
+        }));
+    }
     Ok(config)
 }
 

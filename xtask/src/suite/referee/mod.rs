@@ -17,6 +17,7 @@ mod services;
 mod session;
 mod sockets;
 mod storage;
+mod tap;
 mod user_network;
 
 use std::{
@@ -37,7 +38,7 @@ use crate::{
     machine::{self, Choice, Clock, Ending, Kind, Machine, Purpose},
     packages::{DiskTools, Packages},
     progress,
-    referee::{CMDLINE, Contents, Guest, Image},
+    referee::{CMDLINE, Contents, Guest, Image, shell},
     workspace::Workspace,
 };
 use files::Files;
@@ -73,6 +74,7 @@ const GROUPS: &[Group] = &[
             drivers::TESTS,
             network::TESTS,
             user_network::TESTS,
+            tap::TESTS,
             services::TESTS,
             sockets::TESTS,
             &[log::OF_EVERYTHING_ELSE],
@@ -104,16 +106,20 @@ pub fn run(
 ) -> Result<()> {
     let Choice { kind, reason } = machine::choose(machine.into());
     println!("machine: our own, on {kind} ({reason})");
+    let programs = packages.tools()?;
     let image = Image::prepare(
         &workspace.store(),
         &packages.linux()?,
         &Contents::JUDGE,
-        &packages.tools()?,
+        &programs,
         &guest::build_agent(workspace)?,
     )?;
     let chosen = |group: &'static Group| -> Vec<&'static Test> {
         let tests = group.tests.iter().flat_map(|tests| *tests);
-        tests.filter(|test| test.name.contains(wanted)).collect()
+        tests
+            .filter(|test| test.name.contains(wanted))
+            .filter(|test| kind == Kind::Nested || test.name != tap::NAME)
+            .collect()
     };
     let tools = packages.disk_tools()?;
     let passt = packages.passt()?;
@@ -126,6 +132,9 @@ pub fn run(
             let content =
                 fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
             machine.put(name, &content)?;
+        }
+        if kind == Kind::Nested {
+            shell::install(&machine, &programs)?;
         }
         Ok(machine)
     };
