@@ -160,6 +160,31 @@ fn the_content_tells_the_format() {
 }
 
 #[test]
+fn a_guest_cannot_make_another_format_of_its_raw_disk() {
+    let (_directory, path) = file("disk.img", 1 << 20);
+    let mut sector = [0; 512];
+    sector[..8].copy_from_slice(b"vhdxfile");
+    let disk = open(&path, Options::default()).unwrap();
+    assert_eq!(disk.write(0, &sector), Err(DiskError::ReadOnly));
+    let both = [sector, [1; 512]].concat();
+    assert_eq!(disk.write(0, &both), Err(DiskError::ReadOnly));
+    assert!(fs::read(&path).unwrap().iter().all(|byte| *byte == 0));
+    // Anywhere else it is data.
+    disk.write(512, &sector).unwrap();
+    drop(disk);
+    // Who says that it is raw need not look at its content.
+    let raw = Options {
+        format: Some(Format::Raw),
+        ..Options::default()
+    };
+    let disk = open(&path, raw).unwrap();
+    disk.write(0, &sector).unwrap();
+    let mut read = [0; 512];
+    disk.read(0, &mut read).unwrap();
+    assert_eq!(read, sector);
+}
+
+#[test]
 fn what_stands_against_a_disk_is_one_sentence() {
     let (directory, path) = file("disk.raw", 1000);
     let refused = |path: &Path| refused(path, Options::default());

@@ -17,6 +17,8 @@ pub struct RawDisk {
     identity: [u8; 16],
     read_only: bool,
     can_unmap: bool,
+    /// Its content has told what it is, and is to tell the same at the next opening.
+    stays_raw: bool,
 }
 
 impl RawDisk {
@@ -45,7 +47,18 @@ impl RawDisk {
             identity,
             read_only,
             can_unmap,
+            stays_raw: false,
         })
+    }
+
+    /// The same disk, which refuses to become a VHDX file: a guest that may write itself one would choose the size of its disk
+    /// when the file is opened by its content again.
+    #[must_use]
+    pub fn staying_raw(self) -> Self {
+        Self {
+            stays_raw: true,
+            ..self
+        }
     }
 
     fn writable(&self, offset: u64, length: u64) -> Result<(), DiskError> {
@@ -110,6 +123,9 @@ impl Disk for RawDisk {
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), DiskError> {
         self.writable(offset, data.len() as u64)?;
+        if self.stays_raw && offset == 0 && data.starts_with(&vhdx::SIGNATURE) {
+            return Err(DiskError::ReadOnly);
+        }
         let result = self.file.write_at(offset, data);
         result.map_err(|error| failure(&error, offset))
     }

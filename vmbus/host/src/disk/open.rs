@@ -182,7 +182,13 @@ fn attempt(path: &Path, options: Options) -> Result<Arc<dyn Disk>, Why> {
     let identity = identity(path);
     Ok(match format {
         Format::Iso => Arc::new(Iso::new(file, identity).map_err(Why::Io)?),
-        _ => Arc::new(RawDisk::new(file, sector, identity, read_only).map_err(Why::Io)?),
+        _ => {
+            let disk = RawDisk::new(file, sector, identity, read_only).map_err(Why::Io)?;
+            Arc::new(match options.format {
+                None => disk.staying_raw(),
+                Some(_) => disk,
+            })
+        }
     })
 }
 

@@ -253,7 +253,11 @@ impl Controller {
         if (path, target) != (0, 0) || self.is_leaving() {
             return Vec::new();
         }
-        self.units.lock().keys().copied().collect()
+        let units = self.units.lock();
+        // Who reads the list need not be told that there is another (SAM-3 5.9.7).
+        let told = |unit: &Arc<LogicalUnit>| unit.forget(Attention::ReportedLunsChanged);
+        units.values().for_each(told);
+        units.keys().copied().collect()
     }
 
     /// Stops what one unit is doing, or what all are doing. What this returns says when it has ended.

@@ -58,6 +58,28 @@ fn a_guest_that_cannot_be_told_learns_it_from_every_unit() {
 }
 
 #[test]
+fn a_guest_that_has_read_the_list_of_units_is_not_told_that_there_is_another() {
+    let guest = Guest::silent(Limits::default(), Arc::new(Inline));
+    for lun in 0..3 {
+        guest.controller.add_lun(lun, disk()).unwrap();
+    }
+    let guest = guest.ready(0x0200);
+    guest.controller.remove_lun(2).unwrap();
+    let luns = [0xA0, 0, 0, 0, 0, 0, 0, 0, 0, 64, 0, 0];
+    let end = guest.on_lun(1, &TEST_UNIT_READY, Data::None);
+    assert_eq!(end.check(), (6, 0x3F, 0x0E));
+    guest.command(&luns, Data::In(64)).good();
+    guest.command(&TEST_UNIT_READY, Data::None).good();
+    // Whatever else there is to tell is told.
+    guest.controller.remove_lun(1).unwrap();
+    let reset = packet(48, RESET_LUN, &[]);
+    assert_eq!(guest.say(&reset).0, SUCCESS);
+    guest.command(&luns, Data::In(64)).good();
+    let end = guest.command(&TEST_UNIT_READY, Data::None);
+    assert_eq!(end.check(), POWER_ON);
+}
+
+#[test]
 fn units_that_were_there_before_the_guest_are_no_news() {
     let guest = Guest::silent(Limits::default(), Arc::new(Inline));
     guest.controller.add_lun(0, disk()).unwrap();

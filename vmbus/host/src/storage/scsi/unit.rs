@@ -241,6 +241,12 @@ impl LogicalUnit {
         self.state.lock().add(attention);
     }
 
+    /// The guest has been told in another way.
+    pub fn forget(&self, attention: Attention) {
+        let attentions = &mut self.state.lock().attentions;
+        attentions.retain(|known| *known != attention);
+    }
+
     /// Stops what is under way. What this returns says when it has ended.
     pub fn stop(&self, why: Stop) -> Arc<Activity> {
         let mut state = self.state.lock();
