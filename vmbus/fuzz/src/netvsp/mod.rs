@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use vmbus::ids::{GpadlHandle, PAGE_SIZE, PageNumber};
 use vmbus::protocol::Guid;
 use vmbus::ring::{Kind, Outgoing, PacketBuffer, ScatterList};
+use vmbus_host::network::backend::LargeSends;
 use vmbus_host::network::{Config, MAX_FRAME, Netvsp, Nic, nvsp, oid};
 
 use self::net::Net;
@@ -48,7 +49,7 @@ pub(crate) enum Step<'a> {
     Link(bool),
     /// The MTU is another.
     Mtu(u16),
-    /// The network: bit 0 full, 1 down, 2 takes large frames.
+    /// The network: bit 0 full, 1 down, 2 takes large frames, 3 cuts them.
     Network(u8),
     /// The guest keeps what it receives from now on, or answers at once.
     Hold(bool),
@@ -117,6 +118,9 @@ const SECTIONS: u32 = (bytes(SEND.end - SEND.start) / SECTION) as u32;
 
 /// The most steps of one input.
 const STEPS: usize = 64;
+
+/// The longest frame in bytes that the network takes whole, where it does.
+const WHOLE: usize = 0xFFFF;
 
 /// The answer to a received packet.
 const DONE: [u8; 8] = [108, 0, 0, 0, 1, 0, 0, 0];
@@ -611,7 +615,14 @@ impl Guest {
                 let mut net = self.net.lock();
                 net.full = state & 1 != 0;
                 net.down = state & 2 != 0;
-                net.large = (state & 4 != 0).then_some(0xFFFF);
+                net.large = match state & 12 {
+                    0 => None,
+                    4 => Some(LargeSends::Whole(WHOLE)),
+                    _ => Some(LargeSends::Cut),
+                };
+                if state & 12 == 4 {
+                    net.whole = WHOLE;
+                }
                 drop(net);
                 self.net.wake();
             }

@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use vmbus_host::network::backend::{Backend, SendError, Waker};
+use vmbus_host::network::backend::{Backend, LargeSends, SendError, Waker};
+use vmbus_host::network::offload::Segmentation;
 
 /// The network. Clones are the same.
 #[derive(Clone, Default)]
@@ -13,8 +14,10 @@ pub(crate) struct Net(Arc<Mutex<Inner>>);
 pub(crate) struct Inner {
     /// Bytes of the longest frame that guest and host have agreed on, with a tag.
     pub(crate) longest: usize,
-    /// Bytes of the longest frame that is taken uncut.
-    pub(crate) large: Option<usize>,
+    /// What happens to large frames.
+    pub(crate) large: Option<LargeSends>,
+    /// Bytes of the longest frame that has ever been taken whole: what waits may have been meant for it.
+    pub(crate) whole: usize,
     /// There is no room.
     pub(crate) full: bool,
     /// There is nobody at the other end.
@@ -42,18 +45,24 @@ impl Net {
     }
 }
 
-impl Backend for Net {
-    fn send(&self, frame: &[u8]) -> Result<(), SendError> {
-        let inner = self.lock();
-        assert!(frame.len() >= 14, "a frame has a header");
-        let uncut = inner.large.is_some_and(|longest| frame.len() <= longest);
-        let fits = frame.len() <= inner.longest || uncut;
-        assert!(fits, "{} bytes are too long", frame.len());
-        match (inner.down, inner.full) {
+impl Inner {
+    /// What becomes of a frame now.
+    fn state(&self) -> Result<(), SendError> {
+        match (self.down, self.full) {
             (true, _) => Err(SendError::Down),
             (_, true) => Err(SendError::Full),
             _ => Ok(()),
         }
+    }
+}
+
+impl Backend for Net {
+    fn send(&self, frame: &[u8]) -> Result<(), SendError> {
+        let inner = self.lock();
+        assert!(frame.len() >= 14, "a frame has a header");
+        let fits = frame.len() <= inner.longest.max(inner.whole);
+        assert!(fits, "{} bytes are too long", frame.len());
+        inner.state()
     }
 
     fn receive(&self) -> Option<Vec<u8>> {
@@ -72,7 +81,16 @@ impl Backend for Net {
         !self.lock().down
     }
 
-    fn large_send(&self) -> Option<usize> {
-        self.lock().large
+    fn large_sends(&self) -> LargeSends {
+        self.lock().large.unwrap_or(LargeSends::None)
+    }
+
+    fn send_large(&self, frame: &[u8], cut: &Segmentation) -> Result<(), SendError> {
+        let inner = self.lock();
+        assert_eq!(inner.large, Some(LargeSends::Cut), "it says that it cuts");
+        assert!(cut.tcp + 20 <= cut.headers && cut.headers <= frame.len());
+        let longest = cut.headers + usize::from(cut.size);
+        assert!(longest <= inner.longest, "segments of {longest} bytes");
+        inner.state()
     }
 }
