@@ -288,11 +288,8 @@ impl State {
 
     fn tell_events(&mut self) {
         for event in self.runner.events().take() {
-            // Numbers and text always have a form in JSON.
-            if let Ok(event) = serde_json::to_value(&event) {
-                let clients = self.clients.values_mut();
-                clients.for_each(|client| client.say(&event));
-            }
+            let clients = self.clients.values_mut();
+            clients.for_each(|client| client.tell(&event));
         }
     }
 

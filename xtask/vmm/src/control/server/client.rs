@@ -8,10 +8,13 @@ use std::os::unix::net::UnixStream;
 use serde_json::Value;
 use vmm_sys_util::epoll::EventSet;
 
-use crate::control::{Failure, LONGEST_LINE};
+use crate::control::{Event, Failure, LONGEST_LINE, TimedEvent, Timestamp};
 
 /// Bytes that may wait for a client. One that leaves more unread is cut off.
 const WAITING: usize = 4 << 20;
+
+/// Bytes that may wait for a client before events pass it by, but for milestones: a guest that makes many must not have it cut off.
+const EVENTS_WAITING: usize = 1 << 20;
 
 /// Bytes that are read at once, so that one client does not keep the others from being heard.
 const AT_ONCE: usize = 64 << 10;
@@ -24,6 +27,8 @@ pub(super) struct Client {
     output: Vec<u8>,
     /// How much of the output is written.
     written: usize,
+    /// Events that have passed it by.
+    lost: u64,
     /// It says no more.
     silent: bool,
     gone: bool,
@@ -45,6 +50,7 @@ impl Client {
             input: Vec::new(),
             output: Vec::new(),
             written: 0,
+            lost: 0,
             silent: false,
             gone: false,
         })
@@ -99,8 +105,31 @@ impl Client {
         }
     }
 
+    /// Adds an event to what is written, if the client keeps up.
+    pub(super) fn tell(&mut self, event: &TimedEvent) {
+        let waiting = self.output.len() - self.written;
+        if waiting > EVENTS_WAITING && !event.event.is_milestone() {
+            self.lost += 1;
+        } else if let Ok(line) = serde_json::to_value(event) {
+            // Numbers and text always have a form in JSON.
+            self.say(&line);
+        }
+    }
+
     /// Writes what there is room for.
     pub(super) fn flush(&mut self) {
+        self.write();
+        if self.lost > 0 && !self.has_output() {
+            let count = std::mem::take(&mut self.lost);
+            self.tell(&TimedEvent {
+                event: Event::EventsLost { count },
+                timestamp: Timestamp::now(),
+            });
+            self.write();
+        }
+    }
+
+    fn write(&mut self) {
         while !self.gone && self.has_output() {
             let rest = self.output.get(self.written..).unwrap_or_default();
             match self.stream.write(rest) {

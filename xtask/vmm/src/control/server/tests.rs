@@ -197,6 +197,48 @@ fn who_does_not_read_is_cut_off_and_keeps_nobody_waiting() {
 }
 
 #[test]
+fn events_pass_by_who_does_not_read_them_and_milestones_do_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("control");
+    let runner = runner();
+    let _server = Server::start(at(&path), runner.clone()).unwrap();
+    let (mut slow, mut quick) = (Client::connect(&path), Client::connect(&path));
+    // As a guest makes them that connects and goes all the time.
+    const AT_ONCE: usize = 1000;
+    const EVENTS: usize = 60 * AT_ONCE;
+    let mut bytes = 0;
+    for _ in 0..EVENTS / AT_ONCE {
+        for _ in 0..AT_ONCE {
+            runner.events().push(Event::VmbusDisconnected {});
+        }
+        for _ in 0..AT_ONCE {
+            let event = quick.read().unwrap();
+            assert_eq!(event["event"], "VMBUS_DISCONNECTED");
+            bytes += event.to_string().len();
+        }
+    }
+    assert!(bytes > 4 << 20, "more than may wait for anybody: {bytes}");
+    runner.events().push(Event::Shutdown {
+        guest: true,
+        reason: Reason::GuestShutdown,
+    });
+    assert_eq!(quick.read().unwrap()["event"], "SHUTDOWN");
+    let (mut heard, mut milestone, mut lost) = (0, false, 0);
+    while !milestone || heard + lost < EVENTS {
+        let event = slow.read().expect("it is not cut off");
+        match event["event"].as_str() {
+            Some("VMBUS_DISCONNECTED") => heard += 1,
+            Some("EVENTS_LOST") => {
+                lost += event["data"]["count"].as_u64().unwrap() as usize;
+            }
+            other => milestone = other == Some("SHUTDOWN"),
+        }
+    }
+    assert_eq!(heard + lost, EVENTS);
+    assert_ne!(lost, 0);
+}
+
+#[test]
 fn a_socket_in_use_is_told_and_one_left_behind_is_replaced() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("control");
