@@ -209,7 +209,7 @@ fn run_group(group: &Group, tests: &[&Test], on: On, count: &Total) -> Result<()
             && let Some(evidence) = nested.then(|| here.stall()).flatten()
         {
             println!(
-                "AGAIN {}: {error:#}\n      Linux missed a timer, a known fault of the emulator: {evidence}",
+                "AGAIN {}: {error:#}\n      Linux missed a timer, likely a fault of the emulator, which may lose a timer interrupt of the small Linux: {evidence}",
                 test.name
             );
             start = Instant::now();
