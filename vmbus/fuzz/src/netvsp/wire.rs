@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use vmbus::bus::{Bus, Config, Event, GpaRange, OpenParameters};
+use vmbus::bus::{Bus, Config, Event, GpaRange, OpenParameters, Violation};
 use vmbus::hypervisor::PostError;
 use vmbus::ids::{ChannelId, ConnectionId, GpadlHandle, PAGE_SIZE, PageNumber, VpIndex};
 use vmbus::ring::{Outgoing, PacketBuffer, PushError, Reader, Ring, Signal, Writer};
@@ -41,6 +41,8 @@ pub(crate) struct Wire {
     channels: BTreeMap<u16, Rings>,
     /// GPADLs that the host knows.
     created: BTreeSet<GpadlHandle>,
+    /// Those of them that the guest wants back though the device may use them.
+    demanded: BTreeSet<GpadlHandle>,
     /// Channels that were opened, until somebody looks.
     opened: BTreeSet<ChannelId>,
     /// Channels that were taken away, until their numbers are given back.
@@ -73,6 +75,7 @@ impl Wire {
             offers: BTreeMap::new(),
             channels: BTreeMap::new(),
             created: BTreeSet::new(),
+            demanded: BTreeSet::new(),
             opened: BTreeSet::new(),
             leaving: Vec::new(),
             busy: BTreeMap::new(),
@@ -135,6 +138,7 @@ impl Wire {
             Event::GpadlTornDown(handle) => {
                 self.created.remove(&handle);
                 self.busy.remove(&handle);
+                self.demanded.remove(&handle);
             }
             Event::Opened {
                 channel,
@@ -142,6 +146,9 @@ impl Wire {
             } => {
                 self.opened.insert(channel);
             }
+            // The device may keep it.
+            Event::Violation(Violation::TeardownOverdue(handle))
+                if self.demanded.contains(&handle) => {}
             Event::Violation(violation) => panic!("the host: {violation:?}"),
             Event::ConnectFailed(error) => panic!("{error}"),
             _ => {}
@@ -178,7 +185,18 @@ impl Wire {
         self.created.contains(&handle).then_some(handle)
     }
 
-    /// Wants pages back.
+    /// Wants pages back that the device may keep until its channel is closed.
+    pub(crate) fn demand(&mut self, handle: GpadlHandle) {
+        self.demanded.insert(handle);
+        self.take_back(handle);
+    }
+
+    /// Whether the device keeps what the guest wants back.
+    pub(crate) fn keeps_demanded(&self) -> bool {
+        !self.demanded.is_empty()
+    }
+
+    /// Wants pages back that nobody uses.
     pub(crate) fn take_back(&mut self, handle: GpadlHandle) {
         // The host may have been told before.
         let _ = self.bus.teardown_gpadl(self.now, handle);
