@@ -100,7 +100,7 @@ enum Command {
         /// Its name
         device: String,
     },
-    /// Offer a device again that was taken away
+    /// Offer a device again that was taken away: at once, or when the guest has let go of it
     Offer {
         /// Its name
         device: String,

@@ -41,6 +41,8 @@ pub enum Notice {
     Opened(ChannelId, ConnectionId),
     /// A channel is no longer served.
     Closed(ChannelId),
+    /// A device that [was to go](Host::take_away) has gone.
+    Gone(ChannelId),
     /// The guest has given the number of a rescinded channel back.
     Released(ChannelId),
 }
@@ -192,11 +194,9 @@ impl Host {
         there
     }
 
-    /// Takes a device away at once if it [is to go](Self::take_away).
-    pub fn stop_waiting(&mut self, id: ChannelId) {
-        if self.leaving.contains_key(&id) {
-            self.rescind(id);
-        }
+    /// Whether a device [is to go](Self::take_away) and its guest has not let go yet. [`Notice::Gone`] tells of the end.
+    pub fn is_leaving(&self, id: ChannelId) -> bool {
+        self.leaving.contains_key(&id)
     }
 
     /// Looks whether guests have let go of devices that are about to be taken away. Returns whether there was anything to do.
@@ -230,10 +230,12 @@ impl Host {
     pub fn rescind(&mut self, id: ChannelId) -> bool {
         let subs: Vec<_> = self.server.sub_channels(id).collect();
         let there = self.server.rescind(id);
-        self.leaving.remove(&id);
         for id in subs.into_iter().chain([id]) {
             self.retire(id);
             self.detach(id);
+        }
+        if self.leaving.remove(&id).is_some() {
+            self.note(Notice::Gone(id));
         }
         // The host is done with the memory at once, and the guest need not wait until it says so.
         self.lent.retain(|_, lent| !lent.is_revoked());

@@ -227,14 +227,22 @@ impl Runner {
 
     /// Lets the host run until it has nothing to do.
     pub fn turn(&self) -> Sleep {
-        let mut life = self.life.lock();
-        let Some(life) = life.as_mut() else {
-            return Sleep::Unlimited;
+        let (sleep, gone) = {
+            let mut life = self.life.lock();
+            let Some(life) = life.as_mut() else {
+                return Sleep::Unlimited;
+            };
+            let mut rounds = 0..ROUNDS;
+            let rests = rounds.any(|_| !life.step(&self.poll, &self.events));
+            let sleep = if rests { life.sleep() } else { Sleep::Not };
+            (sleep, life.take_gone())
         };
-        for _ in 0..ROUNDS {
-            if !life.step(&self.poll, &self.events) {
-                return life.sleep();
-            }
+        if gone.is_empty() {
+            return sleep;
+        }
+        let mut devices = self.devices();
+        for channel in gone {
+            self.with_host(|host| devices.gone(host, channel, &self.events));
         }
         Sleep::Not
     }

@@ -242,13 +242,20 @@ fn disk_taken(session: &mut Session) -> Result<String> {
     let found = format!("{directory}/host*/target*/*:0:0:{MEMORY}/block/*");
     session.guest().until(&format!("[ -e {found} ]"), LONG)?;
     let disk = session.disk(CONTROLLER, MEMORY)?;
-    session.sh(&format!(
-        "dd if=/dev/{disk} of=/dev/null bs=1M count=8 iflag=direct status=none"
-    ))?;
-    Ok(
-        "the reader is told, and every disk of the controller goes; offered again, it is read from"
-            .into(),
-    )
+    let read =
+        |disk| format!("dd if=/dev/{disk} of=/dev/null bs=1M count=8 iflag=direct status=none");
+    session.sh(&read(disk))?;
+    // Asked to come back while it is still going, it does when it has gone.
+    let old = session.sh(&format!("cat {found}/diskseq"))?;
+    session.ctl("rescind", json!({ "device": CONTROLLER }))?;
+    session.ctl("offer", json!({ "device": CONTROLLER }))?;
+    session.guest().until(
+        &format!("new=$(cat {found}/diskseq) && [ $new != {old} ]"),
+        LONG,
+    )?;
+    let disk = session.disk(CONTROLLER, MEMORY)?;
+    session.sh(&read(disk))?;
+    Ok("the reader is told, and every disk of the controller goes; offered again, also while it is going, it is read from".into())
 }
 
 fn lossy(session: &mut Session) -> Result<String> {
@@ -354,9 +361,16 @@ fn network_taken(session: &mut Session) -> Result<String> {
     session.sh("kill $(pidof wget) 2>/dev/null; true")?;
     session.guest().join("fetch", LONG)?;
     session.ctl("offer", json!({ "device": WIRED[0] }))?;
+    let near = network::ends(session)?.near;
+    network::carries(session)?;
+    // Asked to come back while it is still going, it does when it has gone.
+    let index = session.sh(&format!("cat /sys/class/net/{near}/ifindex"))?;
+    session.ctl("rescind", json!({ "device": WIRED[0] }))?;
+    session.ctl("offer", json!({ "device": WIRED[0] }))?;
+    session.until(&format!("! grep -qx {index} /sys/class/net/*/ifindex"))?;
     network::ends(session)?;
     network::carries(session)?;
-    Ok("the interface goes while a file comes in; offered again, it carries".into())
+    Ok("the interface goes while a file comes in; offered again, also while it is going, it carries".into())
 }
 
 fn stays_up(session: &mut Session) -> Result<String> {

@@ -112,7 +112,7 @@ commands! {
     HotAdd(HotAdd) = "hot-add",
     /// Takes a device away.
     Rescind(DeviceName) = "rescind",
-    /// Offers a device again that was taken away.
+    /// Offers a device again that was taken away: at once, or when the guest has let go of it.
     Offer(DeviceName) = "offer",
     /// Makes something go wrong.
     Fault(FaultOn) = "fault",

@@ -65,6 +65,11 @@ pub enum Event {
         /// The channel's number on the bus.
         channel: u32,
     },
+    /// A device that was taken away has gone: the guest has let go of it, or its time was up.
+    DeviceGone {
+        /// The device.
+        device: String,
+    },
     /// The guest has given memory, taken it back, or been given more.
     Balloon(BalloonState),
     /// The guest has answered a request to end.

@@ -37,7 +37,7 @@ use self::net::{Adapter, Wires};
 use self::scsi::Scsi;
 use self::vsock::Vsock;
 use crate::config::{self, Config, Kind};
-use crate::control::{Class, Failure, Fault};
+use crate::control::{Class, Event, Failure, Fault};
 use crate::runner::{Events, Vm};
 use observed::Observed;
 
@@ -138,7 +138,7 @@ pub struct Device {
     body: Body,
     /// Its primary channel, while it is offered.
     channel: Option<ChannelId>,
-    /// Its last one, which the guest may still be letting go of.
+    /// Its last one, which the guest is still letting go of.
     leaving: Option<ChannelId>,
     /// Whether a guest that starts anew is offered it.
     wanted: bool,
@@ -191,6 +191,7 @@ impl Devices {
         for device in &mut self.all {
             device.body.part_mut().begin(host, vm)?;
             device.channel = None;
+            device.leaving = None;
             if device.wanted && device.instance().is_some() {
                 device.offer(host)?;
             }
@@ -202,7 +203,23 @@ impl Devices {
     pub(crate) fn finish(&mut self) {
         for device in &mut self.all {
             device.channel = None;
+            device.leaving = None;
             device.body.part_mut().finish();
+        }
+    }
+
+    /// A device has gone, the one that had this channel: it is offered again if that was asked for meanwhile.
+    pub(crate) fn gone(&mut self, host: &mut Host, channel: ChannelId, events: &Events) {
+        let mut devices = self.all.iter_mut();
+        let Some(device) = devices.find(|device| device.leaving == Some(channel)) else {
+            return;
+        };
+        device.leaving = None;
+        let name = device.name.clone();
+        events.push(Event::DeviceGone { device: name });
+        if device.wanted && device.offer(host).is_err() {
+            // The bus is full; the device counts as not offered.
+            device.wanted = false;
         }
     }
 
@@ -286,23 +303,29 @@ impl Device {
             .is_some_and(|channel| host.server().is_offered(channel))
     }
 
+    /// Whether it was taken away, and the guest has not let go yet.
+    fn is_leaving(&self, host: &Host) -> bool {
+        self.leaving.is_some_and(|channel| host.is_leaving(channel))
+    }
+
     /// What it has counted.
     pub fn counters(&self) -> BTreeMap<String, u64> {
         self.body.part().counters()
     }
 
-    /// Offers it.
+    /// Offers it: at once, or when the guest has let go of what it had before.
     ///
     /// # Errors
     /// When it is offered already, or the bus is full.
     pub fn offer(&mut self, host: &mut Host) -> Result<(), Failure> {
         let name = &self.name;
-        if self.is_offered(host) {
+        let is_leaving = self.is_leaving(host);
+        if self.is_offered(host) || is_leaving && self.wanted {
             return Err(Failure::generic(format!("`{name}` is offered already")));
         }
-        if let Some(leaving) = self.leaving.take() {
-            // The guest has had less time than it might have needed.
-            host.stop_waiting(leaving);
+        if is_leaving {
+            self.wanted = true;
+            return Ok(());
         }
         let Some((device, provider)) = self.body.part().offer() else {
             return Err(self.not_offered());
@@ -320,6 +343,11 @@ impl Device {
     /// When it is not offered.
     pub fn rescind(&mut self, host: &mut Host) -> Result<(), Failure> {
         let offered = self.is_offered(host);
+        if !offered && self.wanted && self.is_leaving(host) {
+            // It was to come back.
+            self.wanted = false;
+            return Ok(());
+        }
         self.wanted &= !offered;
         match self.channel.take().filter(|_| offered) {
             Some(channel) if host.take_away(channel) => {

@@ -29,6 +29,8 @@ pub(super) struct Life {
     posted: u64,
     delivered: u64,
     exits: u64,
+    /// Primary channels of devices that have gone in good order.
+    gone: Vec<ChannelId>,
 }
 
 struct Open {
@@ -71,6 +73,7 @@ impl Life {
             posted: 0,
             delivered: 0,
             exits: 0,
+            gone: Vec::new(),
         }
     }
 
@@ -80,6 +83,11 @@ impl Life {
 
     pub(super) fn host(&mut self) -> &mut Host {
         &mut self.host
+    }
+
+    /// The devices, by their primary channels, that have gone in good order since this was last asked.
+    pub(super) fn take_gone(&mut self) -> Vec<ChannelId> {
+        std::mem::take(&mut self.gone)
     }
 
     pub(super) fn waiting_messages(&self) -> usize {
@@ -163,6 +171,7 @@ impl Life {
                 Notice::Disconnected => events.push(Event::VmbusDisconnected {}),
                 Notice::Opened(id, connection) => self.opened(id, connection, poll, events),
                 Notice::Closed(id) => self.closed(id, poll, events),
+                Notice::Gone(id) => self.gone.push(id),
                 Notice::Released(_) => {}
             }
         }

@@ -254,6 +254,10 @@ impl Asked {
     pub fn is_there(&self) -> bool {
         self.0.try_recv().is_ok()
     }
+
+    pub fn take(&self) -> Result<Value, Failure> {
+        self.0.try_recv().expect("an answer")
+    }
 }
 
 impl Rig {
@@ -353,7 +357,7 @@ impl Rig {
         };
         let (asked, ()) = self.ask(Command::parse(name, arguments)?);
         self.settle();
-        asked.0.try_recv().expect("an answer")
+        asked.take()
     }
 
     /// What a command returns.

@@ -206,6 +206,81 @@ fn a_device_goes_and_comes_back() {
     );
 }
 
+/// Carries commands for the balloon out before anybody can act on them.
+fn at_once(rig: &Rig, commands: &[&str]) -> Vec<Result<Value, String>> {
+    let ask = |name: &&str| {
+        let Value::Object(arguments) = json!({ "device": "balloon" }) else {
+            unreachable!("it is an object")
+        };
+        let (answer, ()) = rig.ask(Command::parse(name, arguments).unwrap());
+        answer.take().map_err(|failure| failure.desc)
+    };
+    commands.iter().map(ask).collect()
+}
+
+#[test]
+fn a_device_that_is_still_going_is_offered_again_when_it_has_gone() {
+    let rig = rig(json!([{ "kind": "balloon" }]));
+    let balloon = rig.balloon();
+    rig.connect();
+    rig.serve_balloon(&balloon, SECOND);
+    events(&rig, &[]);
+    let done = Ok(json!({}));
+    assert_eq!(
+        at_once(&rig, &["rescind", "offer", "offer"]),
+        [
+            done.clone(),
+            done.clone(),
+            Err("`balloon` is offered already".into())
+        ]
+    );
+    assert_eq!(events(&rig, &["DEVICE_GONE"]), []);
+    rig.serve_balloon(&balloon, SECOND);
+    balloon.channel().attend(|_| false);
+    rig.serve_balloon(&balloon, SECOND);
+    let told = events(&rig, &["CHANNEL_CLOSED", "DEVICE_GONE", "CHANNEL_OPENED"]);
+    let told: Vec<_> = told.into_iter().map(|(name, _)| name).collect();
+    assert_eq!(told, ["CHANNEL_CLOSED", "DEVICE_GONE", "CHANNEL_OPENED"]);
+    assert_eq!(
+        at_once(&rig, &["rescind", "offer", "rescind", "rescind"]),
+        [
+            done.clone(),
+            done.clone(),
+            done,
+            Err("`balloon` is not offered".into())
+        ]
+    );
+    rig.serve_balloon(&balloon, SECOND);
+    assert_eq!(
+        events(&rig, &["DEVICE_GONE"]),
+        [event("DEVICE_GONE", json!({ "device": "balloon" }))]
+    );
+    assert_eq!(rig.returns("query-devices", json!({}))[0]["offered"], false);
+}
+
+#[test]
+fn a_device_that_is_to_come_back_is_there_when_the_guest_starts_anew() {
+    let mut rig = rig(json!([{ "kind": "balloon" }]));
+    let balloon = rig.balloon();
+    rig.connect();
+    rig.serve_balloon(&balloon, SECOND);
+    assert!(
+        at_once(&rig, &["rescind", "offer"])
+            .iter()
+            .all(Result::is_ok)
+    );
+    drop(balloon);
+    rig.start_anew();
+    let balloon = rig.balloon();
+    rig.connect();
+    rig.serve_balloon(&balloon, SECOND);
+    assert_eq!(rig.returns("query-devices", json!({}))[0]["offered"], true);
+    assert_eq!(
+        at_once(&rig, &["offer"]),
+        [Err("`balloon` is offered already".into())]
+    );
+}
+
 #[test]
 fn a_guest_that_starts_anew_finds_the_devices_as_they_were() {
     let mut rig = rig(json!([{ "kind": "balloon" }, { "kind": "heartbeat" }]));
