@@ -5,8 +5,8 @@
 //! What the system has and fits is used. Otherwise packages are fetched by name
 //! through apt and unpacked below `target/enlit/packages`, each set in a
 //! directory of its own that appears in one piece (unpacked beside it, then
-//! renamed), so its being there is all there is to check at the next start. To
-//! fetch anew, remove the directory.
+//! renamed), so its being there is all there is to check at the next start. One
+//! at a time fetches, of all threads and programs. To fetch anew, remove the directory.
 
 mod apt;
 mod problem;
@@ -15,9 +15,12 @@ mod sources;
 mod tree;
 
 use std::{
-    env, fs,
+    env,
+    fs::{self, File, TryLockError},
     path::{Path, PathBuf},
 };
+
+use tempfile::TempDir;
 
 use self::apt::Apt;
 pub use self::qemu::DiskTools;
@@ -209,40 +212,103 @@ impl Packages {
         name: &str,
         fetch: impl FnOnce(&mut Apt, &Path) -> Result<Vec<PathBuf>, Problem>,
     ) -> Result<PathBuf, Problem> {
-        let tree = self.directory.join(name);
-        if tree.is_dir() {
-            return Ok(tree);
-        }
-        fs::create_dir_all(&self.directory).map_err(Problem::file(&self.directory))?;
-        let apt = match &mut self.apt {
-            Some(apt) => apt,
-            none => {
-                let _step = progress::step("reading the package lists");
-                none.insert(Apt::new(&self.directory.join("apt"))?)
+        made(&self.directory, name, || {
+            let apt = match &mut self.apt {
+                Some(apt) => apt,
+                none => {
+                    let _step = progress::step("reading the package lists");
+                    none.insert(Apt::new(&self.directory.join("apt"))?)
+                }
+            };
+            let scratch = |what: &str| {
+                tempfile::Builder::new()
+                    .prefix(&format!("{name}-{what}-"))
+                    .tempdir_in(&self.directory)
+                    .map_err(Problem::file(&self.directory))
+            };
+            let download = scratch("download")?;
+            let unpacked = scratch("unpacked")?;
+            let debs = {
+                let _step = progress::step(&format!("fetching the packages of {name}"));
+                fetch(apt, download.path())?
+            };
+            let step = progress::step(&format!("unpacking {} packages of {name}", debs.len()));
+            for deb in &debs {
+                if let Some(name) = deb.file_name() {
+                    step.detail(&name.to_string_lossy());
+                }
+                apt::unpack(deb, unpacked.path())?;
             }
-        };
-        let scratch = |what: &str| {
-            tempfile::Builder::new()
-                .prefix(&format!("{name}-{what}-"))
-                .tempdir_in(&self.directory)
-                .map_err(Problem::file(&self.directory))
-        };
-        let download = scratch("download")?;
-        let unpacked = scratch("unpacked")?;
-        let debs = {
-            let _step = progress::step(&format!("fetching the packages of {name}"));
-            fetch(apt, download.path())?
-        };
-        let step = progress::step(&format!("unpacking {} packages of {name}", debs.len()));
-        for deb in &debs {
-            if let Some(name) = deb.file_name() {
-                step.detail(&name.to_string_lossy());
-            }
-            apt::unpack(deb, unpacked.path())?;
-        }
-        apt.clean()?;
+            apt.clean()?;
+            Ok(unpacked)
+        })
+    }
+}
+
+/// A directory of the store; `make` makes what will become it if it is not there. Of all threads and programs one at a time
+/// makes something.
+fn made(
+    store: &Path,
+    name: &str,
+    make: impl FnOnce() -> Result<TempDir, Problem>,
+) -> Result<PathBuf, Problem> {
+    let tree = store.join(name);
+    if tree.is_dir() {
+        return Ok(tree);
+    }
+    fs::create_dir_all(store).map_err(Problem::file(store))?;
+    let _turn = turn(store)?;
+    // Another may have made it meanwhile.
+    if !tree.is_dir() {
         // The scratch directory is private; the tree is for everybody.
-        fs::rename(unpacked.path(), &tree).map_err(Problem::file(&tree))?;
-        Ok(tree)
+        fs::rename(make()?.path(), &tree).map_err(Problem::file(&tree))?;
+    }
+    Ok(tree)
+}
+
+/// Waits until nobody else makes something in the store. Nobody else does while the file is open.
+fn turn(store: &Path) -> Result<File, Problem> {
+    let path = store.join("lock");
+    let file = File::create(&path).map_err(Problem::file(&path))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let _step = progress::step("waiting for another that fetches packages");
+            file.lock().map_err(Problem::file(&path))?;
+        }
+        Err(TryLockError::Error(error)) => return Err(Problem::file(&path)(error)),
+    }
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::{Barrier, Mutex},
+        thread,
+    };
+
+    use super::*;
+
+    #[test]
+    fn one_at_a_time_fetches_and_the_others_take_what_it_fetched() {
+        let store = TempDir::new().unwrap();
+        let (start, fetches) = (Barrier::new(4), Mutex::new(0));
+        let make = || {
+            let mut fetches = fetches.try_lock().expect("one at a time");
+            *fetches += 1;
+            let made = TempDir::new_in(store.path()).unwrap();
+            fs::write(made.path().join("file"), "content").unwrap();
+            // Time for the others to do the same.
+            thread::yield_now();
+            Ok(made)
+        };
+        let fetch = || {
+            start.wait();
+            let tree = made(store.path(), "set", make).unwrap();
+            assert!(tree.join("file").is_file());
+        };
+        thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(fetch))));
+        assert_eq!(*fetches.lock().unwrap(), 1);
     }
 }

@@ -287,6 +287,7 @@ fn guest_tests(
         if lanes > 1 {
             // Everything is fetched and built once, not by each.
             packages.qemu()?;
+            packages.linux()?;
             guest::build_vmm(workspace)?;
         }
         let tests = Mutex::new(tests.into_iter());
