@@ -11,7 +11,7 @@ pub mod local {
     use crate::machine::link::Link;
 
     /// There is none.
-    pub struct Agent(#[expect(dead_code, reason = "never made")] Infallible);
+    pub struct Agent(Infallible);
 
     impl Agent {
         /// Fails.
@@ -102,7 +102,7 @@ pub mod nested {
     };
 
     /// There is none.
-    pub struct Outer(#[expect(dead_code, reason = "never made")] Infallible);
+    pub struct Outer(Infallible);
 
     /// There is none.
     pub struct Image(Infallible);

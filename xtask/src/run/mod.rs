@@ -15,11 +15,10 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 
+#[cfg(target_os = "linux")]
+pub use self::network::Passt;
+pub use self::options::{Disk, Forward};
 use self::{console::Console, options::Net};
-pub use self::{
-    network::Passt,
-    options::{Disk, Forward},
-};
 use crate::{
     cli::{What, memory},
     guest::Symboliser,

@@ -7,10 +7,13 @@
 mod balloon;
 mod boot;
 mod crash;
+#[cfg(not(target_os = "linux"))]
+mod elsewhere;
 mod floor;
 mod linux_boot;
 mod machine;
 mod power;
+#[cfg(target_os = "linux")]
 mod referee;
 mod refuse;
 mod test_machine;
@@ -30,6 +33,8 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use regex::Regex;
 
+#[cfg(not(target_os = "linux"))]
+use self::elsewhere::referee;
 use self::guests::Guests;
 use crate::{
     cli::Wish,

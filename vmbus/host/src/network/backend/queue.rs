@@ -89,7 +89,7 @@ impl Queue {
     }
 
     /// Forgets all frames.
-    #[cfg(feature = "std")]
+    #[cfg(all(feature = "std", unix))]
     pub(super) fn clear(&self) {
         let mut inner = self.inner.lock();
         inner.frames.clear();
@@ -100,7 +100,7 @@ impl Queue {
     }
 }
 
-#[cfg(feature = "std")]
+#[cfg(all(feature = "std", unix))]
 impl Queue {
     /// Adds a frame when there is room, and tells whether it is the first. `None` once the queue is closed.
     pub(super) fn push_waiting(&self, frame: Vec<u8>) -> Option<bool> {
