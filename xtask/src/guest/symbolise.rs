@@ -115,10 +115,10 @@ impl Symboliser {
     /// Function and place for an address, from the innermost inlined function
     /// out.
     pub fn frames(&self, address: u64) -> Vec<String> {
-        let mut lines = Vec::new();
         if !self.has(address) {
-            return lines;
+            return Vec::new();
         }
+        let mut found = Vec::new();
         if let Ok(mut frames) = self.loader.find_frames(address) {
             while let Ok(Some(frame)) = frames.next() {
                 let name = frame
@@ -128,17 +128,20 @@ impl Symboliser {
                     let (file, line) = (location.file?, location.line.unwrap_or(0));
                     Some(format!("{}:{line}", in_workspace(file)))
                 });
-                match (name, place) {
-                    (Some(name), Some(place)) => lines.push(format!("{name} at {place}")),
-                    (Some(only), None) | (None, Some(only)) => lines.push(only),
-                    (None, None) => {}
-                }
+                found.push((name, place));
             }
         }
-        if lines.is_empty() {
-            lines.extend(self.function(address));
+        // Line tables do not name a function that nothing was inlined into; symbols do.
+        match found.last_mut() {
+            Some((name, _)) if name.is_none() => *name = self.function(address),
+            Some(_) => {}
+            None => found.push((self.function(address), None)),
         }
-        lines
+        let line = |frame| match frame {
+            (Some(name), Some(place)) => Some(format!("{name} at {place}")),
+            (only, None) | (None, only) => only,
+        };
+        found.into_iter().filter_map(line).collect()
     }
 
     fn has(&self, address: u64) -> bool {
