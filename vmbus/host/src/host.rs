@@ -183,7 +183,7 @@ impl Host {
     }
 
     /// Takes a device away in good order: its providers end what is under way and tell the guest, and when that has let go,
-    /// or has had 30 s for it, the device is rescinded. Returns whether it is offered.
+    /// or has had 30 s for it, the device is rescinded, and [`Notice::Gone`] tells so. Returns whether it is offered.
     ///
     /// A guest stops looking at its channels as soon as it hears of a rescind, so answers have to come before it.
     pub fn take_away(&mut self, id: ChannelId) -> bool {
@@ -192,11 +192,6 @@ impl Host {
             self.leaving.entry(id).or_default();
         }
         there
-    }
-
-    /// Whether a device [is to go](Self::take_away) and its guest has not let go yet. [`Notice::Gone`] tells of the end.
-    pub fn is_leaving(&self, id: ChannelId) -> bool {
-        self.leaving.contains_key(&id)
     }
 
     /// Looks whether guests have let go of devices that are about to be taken away. Returns whether there was anything to do.

@@ -138,7 +138,7 @@ pub struct Device {
     body: Body,
     /// Its primary channel, while it is offered.
     channel: Option<ChannelId>,
-    /// Its last one, which the guest is still letting go of.
+    /// Its last one, until [`Devices::gone`] hears that the guest has let go of it.
     leaving: Option<ChannelId>,
     /// Whether a guest that starts anew is offered it.
     wanted: bool,
@@ -303,11 +303,6 @@ impl Device {
             .is_some_and(|channel| host.server().is_offered(channel))
     }
 
-    /// Whether it was taken away, and the guest has not let go yet.
-    fn is_leaving(&self, host: &Host) -> bool {
-        self.leaving.is_some_and(|channel| host.is_leaving(channel))
-    }
-
     /// What it has counted.
     pub fn counters(&self) -> BTreeMap<String, u64> {
         self.body.part().counters()
@@ -319,7 +314,7 @@ impl Device {
     /// When it is offered already, or the bus is full.
     pub fn offer(&mut self, host: &mut Host) -> Result<(), Failure> {
         let name = &self.name;
-        let is_leaving = self.is_leaving(host);
+        let is_leaving = self.leaving.is_some();
         if self.is_offered(host) || is_leaving && self.wanted {
             return Err(Failure::generic(format!("`{name}` is offered already")));
         }
@@ -343,7 +338,7 @@ impl Device {
     /// When it is not offered.
     pub fn rescind(&mut self, host: &mut Host) -> Result<(), Failure> {
         let offered = self.is_offered(host);
-        if !offered && self.wanted && self.is_leaving(host) {
+        if !offered && self.wanted && self.leaving.is_some() {
             // It was to come back.
             self.wanted = false;
             return Ok(());

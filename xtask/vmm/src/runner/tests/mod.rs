@@ -259,6 +259,30 @@ fn a_device_that_is_still_going_is_offered_again_when_it_has_gone() {
 }
 
 #[test]
+fn a_device_that_has_gone_unnoticed_comes_back_and_stays() {
+    let mut rig = rig(json!([{ "kind": "balloon" }]));
+    let balloon = rig.balloon();
+    rig.connect();
+    rig.serve_balloon(&balloon, SECOND);
+    events(&rig, &[]);
+    assert!(at_once(&rig, &["rescind"])[0].is_ok());
+    // The host is done with it, and nobody has looked.
+    let now = rig.runner.vm().unwrap().reference_time();
+    rig.runner.with_host(|host| host.run(now));
+    assert!(at_once(&rig, &["offer"])[0].is_ok());
+    rig.serve_balloon(&balloon, SECOND);
+    balloon.channel().attend(|_| false);
+    rig.serve_balloon(&balloon, SECOND);
+    let told = events(&rig, &["DEVICE_GONE", "CHANNEL_OPENED"]);
+    let told: Vec<_> = told.into_iter().map(|(name, _)| name).collect();
+    assert_eq!(told, ["DEVICE_GONE", "CHANNEL_OPENED"]);
+    drop(balloon);
+    rig.start_anew();
+    rig.connect();
+    assert_eq!(rig.returns("query-devices", json!({}))[0]["offered"], true);
+}
+
+#[test]
 fn a_device_that_is_to_come_back_is_there_when_the_guest_starts_anew() {
     let mut rig = rig(json!([{ "kind": "balloon" }]));
     let balloon = rig.balloon();
